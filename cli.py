@@ -1,0 +1,96 @@
+"""Command lines from dataclasses, and errors that a user can mend. The lowest floor: imports nothing of ours.
+
+A stage's configuration is one dataclass; each field is one flag of the same name. The same dataclass is what a
+notebook builds (`PretrainConfig(n_layers=2)`) and what a checkpoint's `config.json` stores.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+from dataclasses import MISSING, field, fields
+from pathlib import Path
+from typing import get_type_hints
+
+
+class UserError(ValueError):
+    """Something the user can mend: the text names the thing, its value and the mend, on one line."""
+
+
+def option(default, help):
+    """One option, one line: `name: type = option(default, "meaning and unit")`."""
+    return field(default=default, metadata={"help": help})
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a wrong flag with one line instead of a page of usage."""
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments:"):
+            flag = message.split(": ", 1)[1].split()[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            message = f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parse_config(cls, argv=None, presets=None, kept=()):
+    """Make a `cls` from the command line.
+
+    presets: name -> {field: value}, chosen by `--config`; a preset replaces defaults, an explicit flag beats it.
+    kept: the fields that may change when `--resume` continues a run; every other value then comes from the
+        `config.json` of the newest checkpoint in `--out_dir`.
+    """
+    parser = Parser(description=cls.__doc__, allow_abbrev=False)
+    types = get_type_hints(cls)
+    if presets:
+        parser.add_argument("--config", choices=list(presets), help="preset: " + "; ".join(presets))
+    for f in fields(cls):
+        help = f.metadata.get("help", "") + (f" (default: {f.default!r})" if f.default is not MISSING else " (required)")
+        common = dict(default=argparse.SUPPRESS, help=help.replace("%", "%%"), required=f.default is MISSING)
+        if types[f.name] is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **common)
+        else:
+            parser.add_argument(f"--{f.name}", type=types[f.name], metavar=types[f.name].__name__.upper(), **common)
+    given = vars(parser.parse_args(argv))
+    preset = presets[given.pop("config")] if given.get("config") else {}
+    given.pop("config", None)
+    if given.get("resume"):
+        refused = [name for name in given if name not in {"resume", "out_dir", *kept}]
+        if refused:
+            raise UserError(f"--{refused[0]} {given[refused[0]]} cannot change when a run is resumed; "
+                            f"beside --resume and --out_dir only {', '.join('--' + k for k in kept)} can")
+        preset = stored_config(given.get("out_dir", cls.out_dir), cls)
+    return cls(**{**preset, **given})
+
+
+def stored_config(out_dir, cls):
+    """The fields of `cls` as the newest checkpoint under out_dir has them."""
+    found = sorted(Path(out_dir).glob("checkpoints/[0-9]*/config.json"), reverse=True)
+    for path in found:
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))["config"]
+            return {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
+        except (ValueError, KeyError, OSError):
+            continue                                        # torn: checkpoint.newest() will name it
+    raise UserError(f"--resume: no checkpoint under {out_dir}/checkpoints; start without --resume")
+
+
+def run(main):
+    """Call main(); a mistake of the user ends in one line on stderr and exit status 2, ours in a traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(complain(str(error)))
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        sys.exit(complain(f"{error.filename or 'writing'}: {error.strerror}"))
+    except KeyboardInterrupt:
+        complain("interrupted")
+        sys.exit(130)
+
+
+def complain(message):
+    """Print one line to stderr; returns the exit status of a user's error."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 2
