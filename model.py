@@ -1,0 +1,350 @@
+"""A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Touvron et al. 2023).
+
+Shapes are written with one letter each:
+  B batch   T positions in this call   S positions in the cache, S >= T   V vocab_size   L n_layers
+  D d_model   F d_ff   H n_heads   G n_kv_heads   K head_dim
+Parameter names are Hugging Face Llama's (Qwen3's where qk_norm is on), so the state dict is the export.
+No training here: optimisers, precision and ranks are in optim.py and training.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cli import UserError, option
+
+IGNORE_INDEX = -100                 # a target that is not to be learnt
+MAX_LOGITS = 2 ** 25                # logits held at once by the loss: 128 MiB in fp32
+INITS = ("normal", "xavier", "he")
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a model."""
+    vocab_size: int = option(4096, "tokens in the vocabulary, the four specials included; 0 = the tokenizer's")
+    d_model: int = option(192, "width of the residual stream")
+    n_layers: int = option(6, "blocks")
+    n_heads: int = option(6, "query heads")
+    n_kv_heads: int = option(2, "key-value heads, shared by n_heads / n_kv_heads query heads each")
+    head_dim: int = option(0, "width of a head; 0 = d_model / n_heads")
+    d_ff: int = option(512, "width of the SwiGLU's inside")
+    max_seq_len: int = option(256, "longest input, tokens")
+    rope_theta: float = option(10_000.0, "base of the rotary angles")
+    norm_eps: float = option(1e-5, "added to the mean square in RMSNorm")
+    tie_embeddings: bool = option(True, "one matrix for embedding and head")
+    qk_norm: bool = option(False, "RMSNorm on queries and keys, as in Qwen3")
+    dropout: float = option(0.0, "share of the embedding and of each block's outputs set to 0 in training")
+    init: str = option("normal", "weights at the start: normal (sd 0.02), xavier or he")
+
+    def __post_init__(self):
+        if not self.head_dim:
+            if self.d_model % self.n_heads:
+                raise UserError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}; "
+                                "change one or give --head_dim")
+            self.head_dim = self.d_model // self.n_heads
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs, so make it even")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout {self.dropout} is not in [0, 1)")
+        if self.init not in INITS:
+            raise UserError(f"init {self.init!r} is unknown; choose among {', '.join(INITS)}")
+
+
+def rotary_angles(config):
+    """Cosine and sine of position * theta^(-2i/K), both (max_seq_len, K/2) (Su et al. 2021, eq. 15)."""
+    K = config.head_dim
+    frequency = config.rope_theta ** (-torch.arange(0, K, 2, dtype=torch.float32) / K)
+    angle = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + K/2]) by its angle. x (B, any, T, K); cos, sin (B or 1, 1, T, K/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, so that each new token costs one position and not all of them.
+
+    Rows may differ in length: a batch of prompts is padded on the RIGHT, the pads' keys lie behind a row's length
+    where no query looks, and the row's next tokens overwrite them. After each forward the caller says how many of
+    the T positions were real, with `advance`.
+    """
+
+    def __init__(self, config, batch_size, max_len, device=None, dtype=torch.float32):
+        if max_len > config.max_seq_len:
+            raise UserError(f"{max_len} tokens do not fit into max_seq_len {config.max_seq_len}; "
+                            "shorten the prompt or ask for fewer new tokens")
+        shape = (config.n_layers, batch_size, max_len, config.n_kv_heads, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)                      # (L, B, S, G, K)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)         # (B,) real tokens a row
+        self.longest = 0                                                                # max(lengths), without a sync
+
+    def positions(self, T):
+        """Positions of the next T tokens of each row, (B, T)."""
+        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+
+    def write(self, layer, positions, k, v):
+        """Store k, v (B, T, G, K) and return all keys and values up to the longest row, (B, S, G, K)."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.keys[layer, rows, positions] = k.to(self.keys.dtype)
+        self.values[layer, rows, positions] = v.to(self.values.dtype)
+        S = self.longest + positions.shape[1]
+        return self.keys[layer, :, :S], self.values[layer, :, :S]
+
+    def advance(self, n):
+        """Count n more real tokens: an int, or (B,) where rows differ."""
+        self.lengths = self.lengths + n
+        self.longest += n if isinstance(n, int) else int(n.max())
+
+    def keep(self, rows):
+        """Drop all rows but these, (b,) indices."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = self.lengths[rows]
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which H query heads share G key-value heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        D, H, G, K = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
+        self.q_proj = nn.Linear(D, H * K, bias=False)
+        self.k_proj = nn.Linear(D, G * K, bias=False)
+        self.v_proj = nn.Linear(D, G * K, bias=False)
+        self.o_proj = nn.Linear(H * K, D, bias=False)
+        self.q_norm = nn.RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, mask, cache, positions):
+        B, T, D = x.shape
+        K = self.config.head_dim
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, K)).transpose(1, 2)               # (B, H, T, K)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, K)).transpose(1, 2)               # (B, G, T, K)
+        v = self.v_proj(x).view(B, T, -1, K).transpose(1, 2)                            # (B, G, T, K)
+        q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.type_as(q)
+        if cache is not None:
+            k, v = cache.write(self.layer, positions, k.transpose(1, 2), v.transpose(1, 2))
+            k, v = k.transpose(1, 2).type_as(q), v.transpose(1, 2).type_as(q)           # (B, G, S, K)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                         # (B, T, D)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then SwiGLU, each behind an RMSNorm and added to the residual stream."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, *attention_args):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *attention_args))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Transformer(nn.Module):
+    """From ids to the normalised residual stream: what language, reward and value models share."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        cos, sin = rotary_angles(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, ids, doc_ids=None, cache=None):
+        """Give the stream (B, T, D) for ids (B, T).
+
+        doc_ids: (B, T), equal within a document: attention stays inside each and its positions start at 0.
+        cache: a KVCache; ids are then the next T tokens of each row.
+        """
+        if ids.shape[1] > self.config.max_seq_len:
+            raise UserError(f"{ids.shape[1]} tokens do not fit into max_seq_len {self.config.max_seq_len}")
+        positions, mask = self.positions_and_mask(ids, doc_ids, cache)
+        cos, sin = self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # (B or 1, 1, T, K/2)
+        x = self.dropout(self.embed_tokens(ids))                                         # (B, T, D)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache, positions)
+        return self.norm(x)
+
+    def positions_and_mask(self, ids, doc_ids, cache):
+        """Positions (B or 1, T), and which key each query may see, (B, 1, T, S) bool; no mask = plainly causal."""
+        T = ids.shape[1]
+        if cache is not None:
+            positions = cache.positions(T)
+            keys = torch.arange(cache.longest + T, device=ids.device)
+            return positions, (keys <= positions[:, :, None])[:, None]
+        here = torch.arange(T, device=ids.device)[None]
+        if doc_ids is None:
+            return here, None
+        first = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))                         # True where a document starts
+        start = (here * first).cummax(dim=1).values
+        mask = (doc_ids[:, :, None] == doc_ids[:, None, :]) & (here.mT >= here)
+        return here - start, mask[:, None]
+
+
+class LanguageModel(nn.Module):
+    """The stream read by a linear head: logits of the next token, or with targets the loss."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        init_weights(self, config)
+
+    def head(self, stream):
+        """Logits (..., V) of the stream (..., D)."""
+        tied = self.config.tie_embeddings
+        return F.linear(stream, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+
+    def forward(self, ids, targets=None, doc_ids=None, cache=None):
+        """Give logits (B, T, V); with targets (B, T) the (sum, count) of token_loss instead.
+
+        Both come from one forward because the trained one must go through the DDP or FSDP wrapper. The loss never
+        holds more than MAX_LOGITS logits: beyond, they are made a chunk of tokens at a time, and again in backward.
+        """
+        stream = self.model(ids, doc_ids, cache)
+        if targets is None:
+            return self.head(stream)
+        if targets.numel() * self.config.vocab_size <= MAX_LOGITS:
+            return token_loss(self.head(stream), targets)
+        chunk = max(1, MAX_LOGITS // self.config.vocab_size)
+        total = stream.new_zeros((), dtype=torch.float32)
+        for part, wanted in zip(stream.flatten(0, 1).split(chunk), targets.flatten().split(chunk)):
+            total = total + checkpoint(lambda s, t: token_loss(self.head(s), t)[0], part, wanted, use_reentrant=False)
+        return total, (targets != IGNORE_INDEX).sum()
+
+
+class ScalarModel(nn.Module):
+    """One number a position, from the same stream: a reward model reads the last one, a value model all of them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        self.score = nn.Linear(config.d_model, 1, bias=False)
+        self.register_buffer("score_mean", torch.tensor(0.0))
+        self.register_buffer("score_std", torch.tensor(1.0))
+        init_weights(self, config)
+
+    def forward(self, ids, doc_ids=None):
+        """Give (B, T): the head's output, normalised by the buffers, in fp32."""
+        raw = self.score(self.model(ids, doc_ids)).squeeze(-1).float()
+        return (raw - self.score_mean) / self.score_std
+
+    def score_response(self, ids, lengths):
+        """Give (B,): the number at the last real token of each row. ids (B, T) padded on the right; lengths (B,)."""
+        return self(ids).gather(1, (lengths - 1)[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def init_weights(model, config):
+    """Set every weight, drawing from torch's global generator.
+
+    embedding, tied or not             N(0, 0.02)            (Radford et al. 2019)
+    matrices, (fan_out, fan_in)        normal N(0, 0.02); xavier N(0, sqrt(2 / (fan_in + fan_out))) (Glorot & Bengio
+                                       2010, eq. 16); he N(0, sqrt(2 / fan_in)) (He et al. 2015, eq. 10)
+    o_proj and down_proj               the same / sqrt(2 L): 2 L of them add up in the stream (Radford et al. 2019)
+    score                              N(0, 1 / sqrt(D + 1)) (Stiennon et al. 2020)
+    norms                              1
+    """
+    for name, weight in model.named_parameters():
+        if weight.ndim < 2:
+            weight.fill_(1.0)
+            continue
+        fan_out, fan_in = weight.shape
+        sd = {"normal": 0.02, "xavier": math.sqrt(2 / (fan_in + fan_out)), "he": math.sqrt(2 / fan_in)}[config.init]
+        if "embed_tokens" in name:
+            sd = 0.02
+        elif name == "score.weight":
+            sd = 1 / math.sqrt(config.d_model + 1)
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            sd /= math.sqrt(2 * config.n_layers)
+        weight.normal_(0.0, sd)
+
+
+def token_loss(logits, targets):
+    """Sum of -log p in nats over the targets to learn, and how many they are.
+
+    logits (..., V); targets (...), already shifted, IGNORE_INDEX where nothing is to be learnt. A sum and a count,
+    not a mean: the caller divides by the count of the WHOLE batch (all micro-batches, all ranks), so how a batch is
+    cut up never changes the gradient.
+    """
+    total = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX,
+                            reduction="sum")
+    return total, (targets != IGNORE_INDEX).sum()
+
+
+def token_logprobs(logits, ids, temperature=1.0):
+    """Log p(ids[:, 1:]) in fp32 nats, (B, T-1). logits (B, T, V) of ids (B, T); softmax(logits / temperature)."""
+    logprobs = (logits[:, :-1].float() / temperature).log_softmax(-1)
+    return logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def count_params(config):
+    """Number of parameters of a LanguageModel: {"all", "embedding", "matrices"}; the head counts as a matrix."""
+    D, F_, H, G, K, V, L = (config.d_model, config.d_ff, config.n_heads, config.n_kv_heads, config.head_dim,
+                            config.vocab_size, config.n_layers)
+    block = 2 * D * H * K + 2 * D * G * K + 3 * D * F_
+    norms = L * (2 * D + (2 * K if config.qk_norm else 0)) + D
+    head = V * D
+    return {"all": L * block + norms + V * D + (0 if config.tie_embeddings else head),
+            "embedding": V * D, "matrices": L * block + head}
+
+
+def flops_per_token(config, seq_len):
+    """FLOPs of forward and backward for one token: 6 a matrix weight, 12 L H K seq_len for attention.
+
+    As Chowdhery et al. 2022 (PaLM, appendix B) count; the whole row counts although attention is causal.
+    """
+    return 6 * count_params(config)["matrices"] + 12 * config.n_layers * config.n_heads * config.head_dim * seq_len
+
+
+def training_memory(config, micro_batch_size, seq_len, state_bytes=8, activation_bytes=4):
+    """Bytes one rank needs in training, by part.
+
+    state_bytes: of the optimiser a parameter (8 = two fp32 moments); activation_bytes: 2 under autocast. Activations
+    are what autograd keeps for backward: per token and block about 8 D + 3 F + 3 H K + 3 G K numbers; the loss holds
+    its logits in the working type, in fp32, and their gradient.
+    """
+    n, tokens = count_params(config)["all"], micro_batch_size * seq_len
+    H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
+    block = 8 * config.d_model + 3 * config.d_ff + 3 * H * K + 3 * G * K
+    logits = min(tokens * config.vocab_size, MAX_LOGITS)
+    return {"weights": 4 * n, "gradients": 4 * n, "optimizer": state_bytes * n,
+            "activations": tokens * config.n_layers * block * activation_bytes + logits * (8 + activation_bytes)}
