@@ -6,6 +6,7 @@ notebook builds (`PretrainConfig(n_layers=2)`) and what a checkpoint's `config.j
 
 import argparse
 import difflib
+import importlib
 import json
 import sys
 from dataclasses import MISSING, field, fields
@@ -20,6 +21,14 @@ class UserError(ValueError):
 def option(default, help):
     """One option, one line: `name: type = option(default, "meaning and unit")`."""
     return field(default=default, metadata={"help": help})
+
+
+def need(module, package):
+    """Import an optional module, or say in one line how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{module} is not installed; pip install {package}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,8 +61,7 @@ def parse_config(cls, argv=None, presets=None, kept=()):
         else:
             parser.add_argument(f"--{f.name}", type=types[f.name], metavar=types[f.name].__name__.upper(), **common)
     given = vars(parser.parse_args(argv))
-    preset = presets[given.pop("config")] if given.get("config") else {}
-    given.pop("config", None)
+    preset = presets[name] if (name := given.pop("config", "smoke" if given.get("smoke") else "")) else {}
     if given.get("resume"):
         refused = [name for name in given if name not in {"resume", "out_dir", *kept}]
         if refused:

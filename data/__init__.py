@@ -1,0 +1,1 @@
+"""Data tools, run as modules: python -m data.prepare turns text files into token shards."""

@@ -1,0 +1,441 @@
+"""Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): trained here by hand, applied by tiktoken.
+
+Text is split by Llama 3's pattern into words; pairs of tokens are merged inside words only, the most frequent pair first.
+Ids: 0-255 the bytes in GPT-2's order, then the merges in the order they were learnt, then the four specials.
+The trainer's trick is to do many merges at once in numpy without changing the result: see `learn_merges`.
+Special tokens are never recognised in text; they come from `encode_chat` and from whoever packs documents.
+"""
+
+import codecs
+import hashlib
+import heapq
+import itertools
+import json
+import os
+import warnings
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+from tqdm import tqdm
+
+from cli import UserError, option, parse_config, run
+
+SPLIT_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+ROLES = ("system", "user", "assistant")
+FILE, FORMAT = "bpe.json", "sprout byte-level BPE, version 1"
+
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]       # what GPT-2 showed as itself comes first
+BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]       # id -> byte
+BATCH_CHARS = 1_000_000                                                 # characters handed to a counting worker at once
+MAX_WORDS = 20_000_000                                                  # distinct words held before rare ones are forgotten
+STRETCH, BUCKETS = 1 << 20, 1048573
+EDGE = np.iinfo(np.int32).min                                           # before, between and after words, and inside tokens
+
+
+class Tokenizer:
+    """A vocabulary with its merges; `token_bytes[id]` are the bytes of a token, b"" for specials."""
+
+    def __init__(self, merges):
+        """merges: one (left id, right id) for each token from 256 on, as `learn_merges` gives them."""
+        self.merges = [(int(left), int(right)) for left, right in merges]
+        tokens = [bytes([b]) for b in BYTES]
+        for left, right in self.merges:
+            tokens.append(tokens[left] + tokens[right])
+        self.token_bytes = tokens + [b""] * len(SPECIALS)
+        self.vocab_size = len(self.token_bytes)
+        self.eot_id, self.pad_id, self.im_start_id, self.im_end_id = range(len(tokens), self.vocab_size)
+        self.sha256 = hashlib.sha256(json.dumps([FORMAT, SPLIT_PATTERN, SPECIALS, self.merges]).encode()).hexdigest()
+        self.encoding = tiktoken.Encoding("sprout", pat_str=SPLIT_PATTERN, special_tokens=dict(
+            zip(SPECIALS, range(len(tokens), self.vocab_size))), mergeable_ranks={t: i for i, t in enumerate(tokens)})
+
+    @classmethod
+    def train(cls, texts, vocab_size, processes=1, progress=False):
+        """Learn a vocabulary from any iterable of str, read once and never held whole.
+
+        vocab_size counts the 256 bytes and the specials; it comes out smaller, with a warning, where no pair occurs
+        twice any more. processes: workers that count words (started by spawn, so a script needs its `__main__` guard).
+        """
+        n_merges = vocab_size - len(BYTES) - len(SPECIALS)
+        if n_merges < 0:
+            raise UserError(f"vocab_size {vocab_size} is too small; the bytes and specials alone are "
+                            f"{len(BYTES) + len(SPECIALS)}")
+        words = count_words(texts, processes, progress)
+        if not words:
+            raise UserError("no text to train a tokenizer on; give at least one file that is not empty")
+        merges = learn_merges(words, n_merges, progress)
+        if len(merges) < n_merges:
+            warnings.warn(f"no pair occurs twice any more: vocab_size is {vocab_size - n_merges + len(merges)} "
+                          f"instead of {vocab_size}; more text would give more tokens", stacklevel=2)
+        return cls(merges)
+
+    def encode(self, text):
+        """Ids of a text, all of it ordinary: a typed "<|im_end|>" is nine characters like any others."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        """`encode` of each text, on all cores."""
+        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids):
+        """Text of ids; specials as they are written, bytes that are not UTF-8 as U+FFFD."""
+        return self.encoding.decode(ids, errors="replace")
+
+    def stream_decoder(self):
+        """A decoder for ids that come one at a time; its pieces joined are `decode` of them all."""
+        return StreamDecoder(self.encoding)
+
+    def encode_chat(self, messages, add_generation_prompt=False):
+        """Ids and loss mask (1 = learn) of a conversation in ChatML: <|im_start|>role newline content<|im_end|> newline.
+
+        messages: [{"role": system | user | assistant, "content": str}, ...]. Content is stripped and encoded apart from
+        the frame. Learnt are the assistant's content and its <|im_end|>. The generation prompt opens a reply.
+        """
+        ids, loss_mask = [], []
+
+        def add(new_ids, learn=False):
+            ids.extend(new_ids)
+            loss_mask.extend([int(learn)] * len(new_ids))
+
+        for message in messages:
+            role, content = message.get("role"), message.get("content")
+            if role not in ROLES:
+                raise UserError(f"message has role {role!r}; use one of {', '.join(ROLES)}")
+            if not isinstance(content, str):
+                raise UserError(f"message of {role} has content {content!r}; give it a text")
+            add([self.im_start_id, *self.encode(role + "\n")])
+            add([*self.encode(content.strip()), self.im_end_id], learn=role == "assistant")
+            add(self.encode("\n"))
+        if add_generation_prompt:
+            add([self.im_start_id, *self.encode("assistant\n")])
+        return ids, loss_mask
+
+    def save(self, dir):
+        """Write bpe.json, which `load` reads, and vocab.txt, which is for looking only.
+
+        vocab.txt cannot be loaded: it shows tokens but not which two each was merged from, and half a character prints
+        as U+FFFD.
+        """
+        dir = Path(dir)
+        dir.mkdir(parents=True, exist_ok=True)
+        merges = ",\n".join(f"[{left}, {right}]" for left, right in self.merges)
+        write_text(dir / FILE, f'{{"format": {json.dumps(FORMAT)},\n"split_pattern": {json.dumps(SPLIT_PATTERN)},\n'
+                               f'"specials": {json.dumps(SPECIALS)},\n"sha256": "{self.sha256}",\n'
+                               f'"merges": [\n{merges}\n]}}\n')
+        rows = (f"{i}\t{t.hex(' ')}\t{t.decode(errors='replace')!r}\n" for i, t in enumerate(self.token_bytes[:-len(SPECIALS)]))
+        write_text(dir / "vocab.txt", "id\tbytes\ttext\n" + "".join(rows)
+                   + "".join(f"{self.eot_id + i}\t\t{name} (special)\n" for i, name in enumerate(SPECIALS)))
+
+    @classmethod
+    def load(cls, dir):
+        """Read what `save` wrote; UserError where it is missing, torn, altered or of another kind."""
+        path = Path(dir) / FILE
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["format"] != FORMAT:
+                raise UserError(f"{path} has format {stored['format']!r}, not {FORMAT!r}; train the tokenizer again")
+            tokenizer = cls(stored["merges"])
+        except OSError as error:
+            raise UserError(f"no tokenizer at {path} ({error.strerror}); train one with tokenizer.py --out_dir {dir}")
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); train or copy the tokenizer again")
+        if stored["sha256"] != tokenizer.sha256:
+            raise UserError(f"{path} is damaged (its sha256 does not fit); train or copy the tokenizer again")
+        return tokenizer
+
+
+class StreamDecoder:
+    """Turns ids into text piece by piece, holding back the bytes of a character until it is whole."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id):
+        """The text that this id completes; often "" in the middle of a character."""
+        return self.decoder.decode(self.encoding.decode_single_token_bytes(id))
+
+    def finish(self):
+        """What was held back: U+FFFD for a character that never became whole, else ""."""
+        return self.decoder.decode(b"", final=True)
+
+
+def write_text(path, text):
+    """Write a file under a temporary name, then rename it, so that a half-written one never has its name."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- Training, first half: words and how often each occurs ------------------------------------------------------
+
+
+def count_words(texts, processes=1, progress=False):
+    """Counter of the words of all texts, which are read once, a few batches in flight at a time."""
+    words = Counter()
+    with tqdm(desc="counting words", unit="char", unit_scale=True, disable=None if progress else True) as bar:
+        for n_chars, counted in counted_batches(batched(texts, BATCH_CHARS), processes):
+            for word, count in counted.items():
+                words[word] += count
+            bar.update(n_chars)
+            forget_rare(words, MAX_WORDS)
+    return words
+
+
+def counted_batches(batches, processes):
+    """Yield (characters, Counter) of each batch, from worker processes where there are enough batches to pay for them."""
+    head = list(itertools.islice(batches, 4 * (processes > 1)))
+    if len(head) < 4:
+        yield from map(count_batch, itertools.chain(head, batches))
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        waiting = deque()
+        for batch in itertools.chain(head, batches):
+            waiting.append(pool.submit(count_batch, batch))
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def batched(texts, n_chars):
+    """Lists of texts of about n_chars characters each."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= n_chars:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def count_batch(texts):
+    """Number of characters and Counter of the words of a few texts."""
+    words = Counter()
+    for text in texts:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")       # as tiktoken mends lone surrogates
+        words.update(regex.findall(SPLIT_PATTERN, text))
+    return sum(map(len, texts)), words
+
+
+def forget_rare(words, limit):
+    """Keep a Counter within limit: drop the words seen once, then twice, and so on (lossy counting, Manku 2002)."""
+    for rare in itertools.count(1):
+        if len(words) <= limit:
+            return
+        for word in [w for w, count in words.items() if count <= rare]:
+            del words[word]
+        warnings.warn(f"more than {limit:,} distinct words: those seen {rare} times so far were forgotten")
+
+
+# --- Training, second half: merges -------------------------------------------------------------------------------
+
+
+def learn_merges(words, n_merges, progress=False):
+    """The n_merges most frequent pairs in the order BPE merges them, as [(left id, right id)]; fewer when none occurs twice.
+
+    One after the other, the pair with the highest count is merged everywhere, ties going to the smaller (left, right).
+    The next few pairs can be merged together, and the order is still the same, as long as no pair (c, d) follows a pair
+    (a, b) with c = b or d = a. Only then could merging (a, b) take occurrences from (c, d); and a new pair such as
+    (x, ab) occurs no more often than (x, a), which is yet to come, so it comes later too, ties included, for its new id
+    is the largest. A pair (a, a) ends its batch, since "aaaa" gives (aa, aa) at once.
+    """
+    corpus = Corpus(words, n_merges)
+    with tqdm(total=n_merges, desc="merging", unit="merge", disable=None if progress else True) as bar:
+        while len(corpus.merges) < n_merges and (batch := corpus.next_batch(n_merges - len(corpus.merges))):
+            corpus.merge(batch)
+            bar.update(len(batch))
+    return corpus.merges
+
+
+class Corpus:
+    """All distinct words in one flat array, and a heap of the frequent pairs with their places.
+
+    ids[p] is the id of the token that starts at byte p, ~id at the last byte of a longer token, and EDGE between words
+    and inside tokens. So the token after p starts at p + length[ids[p]], and the one before ends at p - 1.
+    """
+
+    def __init__(self, words, n_merges):
+        blob = b"\xff" + b"\xff".join([word.encode() for word in words]) + b"\xff"     # 0xFF never occurs in UTF-8
+        raw = np.frombuffer(blob, np.uint8)
+        id_of = np.full(256, EDGE, np.int32)
+        id_of[BYTES] = np.arange(256)
+        id_of[255] = EDGE
+        self.ids = id_of[raw]
+        self.counts = np.repeat(np.fromiter(words.values(), np.int64, len(words)), np.diff(np.flatnonzero(raw == 255)))
+        self.n_ids = len(BYTES) + n_merges
+        self.length = np.ones(self.n_ids, np.int64)
+        self.place_bits = len(raw).bit_length()
+        self.tokens = [bytes([b]) for b in BYTES]
+        self.id_of = {token: i for i, token in enumerate(self.tokens)}
+        self.merges = []
+        self.heap, self.floor = [], 2           # (-count or less, left, right, places); pairs below floor are left out
+
+    def next_batch(self, limit):
+        """Pop the next pairs that can be merged together, as [(left, right, places)]; [] when none occurs twice."""
+        batch, lefts, rights = [], set(), set()
+        if not self.heap:
+            self.find_frequent_pairs()
+        while self.heap and len(batch) < limit:
+            bound, left, right, places = heapq.heappop(self.heap)
+            places = places[self.ids[places] == left]
+            places = places[self.ids[places + self.length[left]] == right]
+            count = int(self.counts[places].sum())
+            if count < -bound:                                      # merges since took some of its places
+                if count >= self.floor:
+                    heapq.heappush(self.heap, (-count, left, right, places))
+                continue
+            if left in rights or right in lefts:
+                heapq.heappush(self.heap, (bound, left, right, places))
+                break
+            batch.append((left, right, places))
+            lefts.add(left)
+            rights.add(right)
+            if left == right:
+                break
+        return batch
+
+    def merge(self, batch):
+        """Merge a batch of pairs everywhere, and put the frequent ones of the pairs that arise on the heap."""
+        first_new = len(self.tokens)
+        for left, right, _ in batch:
+            self.tokens.append(self.tokens[left] + self.tokens[right])
+            self.merges.append((left, right))
+            self.length[len(self.tokens) - 1] = len(self.tokens[-1])
+        lefts, rights, places = zip(*batch)
+        if lefts[-1] == rights[-1]:
+            places = [*places[:-1], every_other(np.sort(places[-1]), self.length[lefts[-1]])]
+        sizes = [len(p) for p in places]
+        places = np.concatenate(places)
+        new = np.repeat(np.arange(first_new, len(self.tokens)), sizes)
+        seam = places + np.repeat(self.length[list(lefts)], sizes)
+        after = places + self.length[new]
+        self.ids[seam - 1] = EDGE
+        self.ids[seam] = EDGE
+        self.ids[after - 1] = ~new
+        self.ids[places] = new
+        before = self.ids[places - 1]
+        before = np.maximum(before, ~before)                        # ~EDGE is the largest int32
+        behind = self.ids[after]
+        has_left = before < first_new                               # two new ones side by side are seen from the left one
+        has_right = behind >= 0
+        before, behind = before[has_left].astype(np.int64), behind[has_right]
+        keys = np.concatenate([before * self.n_ids + new[has_left], new[has_right] * self.n_ids + behind])
+        starts = np.concatenate([places[has_left] - self.length[before], places[has_right]])
+        self.push(keys << self.place_bits | starts)
+
+    def push(self, packed):
+        """Put pairs on the heap that reach the floor. packed: key and place of each occurrence, in one int64."""
+        packed.sort()
+        keys, places = packed >> self.place_bits, packed & (1 << self.place_bits) - 1
+        starts = np.flatnonzero(np.diff(keys, prepend=-1))
+        counts = np.add.reduceat(self.counts[places], starts) if len(starts) else starts
+        ends = np.append(starts[1:], len(keys))
+        kept = counts >= self.floor
+        for key, count, start, end in zip(*(x[kept].tolist() for x in (keys[starts], counts, starts, ends))):
+            heapq.heappush(self.heap, (-count, *divmod(key, self.n_ids), places[start:end]))
+
+    def pairs(self):
+        """Yield (key, place) of all pairs as they stand, a stretch of the corpus at a time."""
+        for start in range(0, len(self.ids), STRETCH):
+            places = start + np.flatnonzero(self.ids[start:start + STRETCH] >= 0)
+            left = self.ids[places]
+            right = self.ids[places + self.length[left]]
+            inside = right >= 0
+            yield left[inside].astype(np.int64) * self.n_ids + right[inside], places[inside]
+
+    def find_frequent_pairs(self):
+        """Fill the empty heap with the pairs that occur at least an eighth as often as the most frequent one.
+
+        Pairs are first counted in buckets that several may share, which is fast and never too low.
+        """
+        sums = sum(np.bincount(keys % BUCKETS, self.counts[places], BUCKETS) for keys, places in self.pairs())
+        self.floor = int(sums.max())
+        while not self.heap and self.floor > 2:
+            self.floor = max(2, self.floor // 8)
+            often = sums >= self.floor
+            self.push(np.concatenate([(keys << self.place_bits | places)[often[keys % BUCKETS]]
+                                      for keys, places in self.pairs()]))
+
+
+def every_other(places, step):
+    """Of sorted places, those where a pair (a, a) is merged: runs of places `step` apart overlap, so 1st, 3rd, 5th."""
+    index = np.arange(len(places))
+    run_start = np.concatenate([[True], np.diff(places) != step])
+    return places[(index - np.maximum.accumulate(np.where(run_start, index, 0))) % 2 == 0]
+
+
+# --- Command line ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenizerConfig:
+    """Train a tokenizer on text files and report how well it fits each language."""
+    input: str = option("", "files of any kind that data/read.py reads, comma-separated")
+    vocab_size: int = option(4096, "tokens, the 256 bytes and the specials included")
+    out_dir: str = option("out/tokenizer", "directory for bpe.json and vocab.txt")
+    processes: int = option(0, "workers that count words; 0 = one a core")
+
+
+def language_of(text):
+    """zh, en or other, whichever script most letters of the text belong to."""
+    han, latin = len(regex.findall(r"\p{Han}", text)), len(regex.findall(r"[A-Za-z]", text))
+    letters = len(regex.findall(r"\p{L}", text))
+    return "zh" if 2 * han > letters else "en" if 2 * latin > letters else "other"
+
+
+def fit(tokenizer, texts):
+    """Rows (language, characters, bytes per token, tokens per character, coverage) of texts.
+
+    Coverage is the share of characters that lie whole inside one token; the rest are spelt in byte fragments.
+    """
+    cut = np.array([ends_inside_character(token) for token in tokenizer.token_bytes])
+    sums = {}
+    for text in texts:
+        ids = tokenizer.encode(text)
+        row = np.array([len(text), len(text.encode(errors="replace")), len(ids), cut[ids].sum()])
+        language = language_of(text)
+        sums[language] = sums.get(language, 0) + row
+    return [(language, chars, size / n, n / chars, 1 - cuts / chars)
+            for language, (chars, size, n, cuts) in sorted(sums.items())]
+
+
+def ends_inside_character(token):
+    """True where a token ends with the first bytes of a character; each character spelt in fragments has one such."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(token)
+    return len(decoder.getstate()[0]) > 0
+
+
+def main(config):
+    from data.read import documents                 # a floor above; only the command line reads files
+
+    paths = [path for path in config.input.split(",") if path]
+    if not paths:
+        raise UserError("--input is empty; give one or more files, comma-separated")
+    tokenizer = Tokenizer.train(itertools.chain.from_iterable(map(documents, paths)), config.vocab_size,
+                                config.processes or os.cpu_count(), progress=True)
+    tokenizer.save(config.out_dir)
+    print(f"{config.out_dir}: {tokenizer.vocab_size} tokens, the longest of {max(map(len, tokenizer.token_bytes))} bytes")
+    print("language  characters  bytes/token  tokens/character  coverage (characters whole inside one token)")
+    lines = (line for path in paths for text in itertools.islice(documents(path), 1000) for line in text.splitlines())
+    for language, chars, size, rate, coverage in fit(tokenizer, filter(None, lines)):
+        print(f"{language:8}{chars:12,}{size:13.2f}{rate:18.3f}{coverage:10.2%}")
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse_config(TokenizerConfig)))
