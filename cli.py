@@ -52,7 +52,8 @@ def parse_config(cls, argv=None, presets=None, kept=()):
     parser = Parser(description=cls.__doc__, allow_abbrev=False)
     types = get_type_hints(cls)
     if presets:
-        parser.add_argument("--config", choices=list(presets), help="preset: " + "; ".join(presets))
+        parser.add_argument("--config", choices=list(presets), default=argparse.SUPPRESS,
+                            help="a row of PRESETS: its values replace the defaults below, flags beat both")
     for f in fields(cls):
         help = f.metadata.get("help", "") + (f" (default: {f.default!r})" if f.default is not MISSING else " (required)")
         common = dict(default=argparse.SUPPRESS, help=help.replace("%", "%%"), required=f.default is MISSING)

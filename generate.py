@@ -72,7 +72,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:                                               # Holtzman et al. 2020
-        ranked, order = logits.sort(-1, descending=True, stable=True)
+        ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         probs = ranked.softmax(-1)
         dropped = probs.cumsum(-1).roll(1, -1) >= top_p         # the mass of the likelier ones suffices
         dropped[:, 0] = False
@@ -143,15 +143,15 @@ def check_prompts(prompts, config):
 @torch.no_grad()            # not inference_mode: its tensors, kept by autocast, could not be trained on next
 def steps(model, prompts, rooms, sampling, stop_ids, seeds):
     """Do what `stream` promises; rooms: how many new tokens each prompt may have."""
-    weight, V = model.model.embed_tokens.weight, model.config.vocab_size
+    weight, V, N = model.model.embed_tokens.weight, model.config.vocab_size, max(rooms)
     ids, n_real = pad(prompts, weight.device)                                           # (B, T), (B,)
     seen = torch.zeros(len(prompts), V, dtype=torch.bool, device=weight.device).scatter_(1, ids, True)
-    uniform = torch.stack([uniforms(seed, max(rooms)) for seed in seeds], dim=1)        # (N, B)
+    uniform = torch.stack([uniforms(seed, N) for seed in seeds], dim=1)                 # (N, B)
     uniform = uniform.to("cpu" if weight.device.type == "mps" else weight.device)       # MPS has no float64
     max_len = max(len(prompt) + room for prompt, room in zip(prompts, rooms))
     cache = KVCache(model.config, len(prompts), max_len, weight.device, weight.dtype)
     rows = list(range(len(prompts)))                    # the prompt of each row of the batch; None = ended
-    for step in range(max(rooms)):
+    for step in range(N):
         logits = repetition_penalty(next_logits(model, ids, n_real, cache), seen, sampling.repetition_penalty)
         logits = filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         ids = draw(logits, uniform[step]).to(weight.device)[:, None]                 # (B, 1)

@@ -1,30 +1,28 @@
 """The optimizers a run can choose: torch's Adam, AdamW and Muon, and LAMB and LARS by hand.
 
-Every one is a `torch.optim.Optimizer`. The learning rate is set from outside, each step, on every group:
-`for group in optimizer.param_groups: group["lr"] = lr`; the schedules are in training.py.
+Each is a `torch.optim.Optimizer` whose lr is set from outside, on all its `param_groups`, at each step.
 
-Adam + weight decay is not AdamW: Adam adds weight_decay * w to the gradient (L2, coupled), where the division by
-sqrt(v) takes its strength away again; AdamW shrinks w by lr * weight_decay beside the step (Loshchilov & Hutter 2019).
+Adam with weight decay is not AdamW (Loshchilov & Hutter 2019). Adam adds weight_decay * w to the gradient
+(L2, coupled) and then divides it by sqrt(v), which takes its strength away; AdamW shrinks w beside the step,
+by lr * weight_decay * w.
 """
-
-import itertools
 
 import torch
 
 from cli import UserError
 
 OPTIMIZERS = ("adam", "adamw", "muon", "lamb", "lars")
-FUSED_DEVICES = {"cpu", "cuda", "mps"}                              # where torch >= 2.10 has one kernel for Adam's step
-TRUST_COEFFICIENT = 0.001                                           # of LARS (You et al. 2017)
+FUSED_DEVICES = {"cpu", "cuda", "mps"}                  # where torch >= 2.10 has one kernel for Adam's step
+TRUST_COEFFICIENT = 0.001                               # of LARS (You et al. 2017)
 
 
 def parameter_groups(model, weight_decay):
     """Split the parameters into [matrices, with decay; vectors, without], leaving out a group that is empty.
 
-    A norm's gain sets a scale that decay would fight; embeddings are matrices. Tied weights come once, under their
-    first name. Each group: `params`, `param_names` in the same order (the key torch uses), `weight_decay`.
+    A norm's gain sets a scale that decay would fight; embeddings are matrices. Tied weights come once, under
+    their first name. Each group: `params`, `param_names` in the same order (torch's own key), `weight_decay`.
     """
-    return split(list(model.named_parameters()), weight_decay)      # torch names a shared parameter once
+    return split(list(model.named_parameters()), weight_decay)          # torch names a shared parameter once
 
 
 def split(named, weight_decay):
@@ -37,10 +35,10 @@ def split(named, weight_decay):
 def make_optimizer(name, model, learning_rate, beta1, beta2, eps, weight_decay):
     """Make the optimizer called `name` over all parameters of `model`.
 
-    adam, adamw, lamb use beta1, beta2 and eps as their papers do; lars has momentum beta1, and neither beta2 nor eps;
-    muon keeps its own momentum of 0.95, its AdamW part uses beta1, beta2 and eps.
-    A step of lr moves a matrix by about lr an entry (adam, adamw), 0.2 lr an entry (muon), lr of its norm (lamb),
-    or lr / 1000 of its norm (lars; after momentum lr / 100), so lars wants a rate about 1,000 times AdamW's.
+    lars has beta1 for momentum and no use for beta2 and eps; muon's own momentum is 0.95, its AdamW uses all
+    three. One step moves a matrix by about lr an entry (adam, adamw), 0.2 lr an entry (muon), lr of its norm
+    (lamb), or lr / 1,000 of its norm (lars; with momentum 0.9 in the long run lr / 100). Small models want
+    an lr of 0.003-0.01 with the first three, 0.01-0.03 with lamb, 3-10 with lars.
     """
     check(name, learning_rate, beta1, beta2, eps, weight_decay)
     groups = parameter_groups(model, weight_decay)
@@ -74,15 +72,15 @@ def has_fused(model):
 
 
 def muon_with_adamw(model, weight_decay, adam):
-    """Muon for the matrices inside the blocks, AdamW for embeddings, head and all vectors (Jordan et al. 2024).
+    """Give Muon the matrices inside blocks, AdamW embeddings, head and all vectors (Jordan et al. 2024).
 
-    Muon's step is an orthogonalised momentum: every direction of a matrix moves equally far. "match_rms_adamw" scales
-    it by 0.2 sqrt(max(rows, columns)), to the size of an AdamW step (Liu et al. 2025), so that one lr serves both.
+    Muon's step is an orthogonalised momentum: every direction of a matrix moves about equally far. One lr
+    serves both: "match_rms_adamw" scales by 0.2 sqrt(max(rows, columns)), to AdamW's size (Liu et al. 2025).
     """
     named = list(model.named_parameters())
-    inside = [p.ndim == 2 and "model.layers." in n for n, p in named]       # a wrapper may put its prefix before
-    blocks = split(list(itertools.compress(named, inside)), weight_decay)
-    others = split([pair for pair, is_inside in zip(named, inside) if not is_inside], weight_decay)
+    inside = {n for n, p in named if p.ndim == 2 and "model.layers." in n}    # under any wrapper's prefix
+    blocks = split([(n, p) for n, p in named if n in inside], weight_decay)
+    others = split([(n, p) for n, p in named if n not in inside], weight_decay)
     muon = torch.optim.Muon(blocks, lr=adam["lr"], adjust_lr_fn="match_rms_adamw")
     return Chain(muon, torch.optim.AdamW(others, **adam, fused=has_fused(model)))
 
@@ -119,7 +117,7 @@ class Chain(torch.optim.Optimizer):
 
 
 def trust_ratio(weight, size):
-    """||weight|| / size as a 0-d tensor; 1 for vectors, and where either is 0, so that a zero matrix can move."""
+    """Divide ||weight|| by size; 1 for vectors and where either is 0, so that a zero matrix can move."""
     if weight.ndim < 2:
         return 1.0
     norm = weight.norm()
@@ -140,17 +138,20 @@ class Layerwise(torch.optim.Optimizer):
 
 
 class LAMB(Layerwise):
-    """Adam whose step has, layer by layer, lr times the norm of the weight (You et al. 2020, algorithm 2, arXiv 1904.00962).
+    """Adam whose step has, layer by layer, lr times the weight's norm (You et al. 2020, arXiv 1904.00962).
 
+    Algorithm 2 of the paper, for step t and the gradient g of one layer w:
         m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
         r = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
         w = w - lr * phi(||w||) / ||r + weight_decay w|| * (r + weight_decay w)
 
-    Chosen where the paper leaves it open: bias correction as in its algorithm 2 (some later code drops it); phi(z) = z,
-    without bounds; ratio 1 where a norm is 0; vectors (norm gains) take no ratio and no decay, as in the authors' BERT runs.
+    Chosen here: bias correction, as the algorithm has it (much code drops it); phi(z) = z, where the paper
+    allows bounds; the quotient is 1 where a part of it is 0, and for vectors, which take no decay either: the
+    paper treats all layers alike, the authors' code for BERT leaves norms and biases out.
     """
 
     def move(self, weight, group):
+        """Take the step above for one layer."""
         (beta1, beta2), state = group["betas"], self.state[weight]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(weight), exp_avg_sq=torch.zeros_like(weight))
@@ -164,18 +165,21 @@ class LAMB(Layerwise):
 
 
 class LARS(Layerwise):
-    """SGD whose rate is set, layer by layer, by ||weight|| / ||gradient|| (You et al. 2017, algorithm 1, arXiv 1708.03888).
+    """SGD with momentum at a rate that goes, by layer, as ||w|| / ||g|| (You et al. 2017, arXiv 1708.03888).
 
+    Algorithm 1 with equation 6 of the paper, for the gradient g of one layer w:
         rate = trust_coefficient * ||w|| / (||g|| + weight_decay ||w||)
         v = momentum v + lr * rate * (g + weight_decay w)
         w = w - v
 
-    Chosen: lr stands inside the momentum, as in the paper (torch's SGD has it outside, which differs while lr changes);
-    decay is coupled, and since clipped gradients are small beside the weights, wants about 1e-4, not AdamW's 0.1;
-    the ratio of norms is 1 for vectors and where a norm is 0, the coefficient stays, so one lr serves all.
+    Chosen here: lr stands inside the momentum, as in the paper (torch's SGD has it outside, which differs
+    while lr changes); the quotient is 1 where a part of it is 0, and for vectors, which take no decay but keep
+    the coefficient, because the lr of 3-10 that it asks for is much for a bare gain. Decay is coupled, and
+    clipped gradients are small beside the weights: it wants about 1e-4, not AdamW's 0.1.
     """
 
     def move(self, weight, group):
+        """Take the step above for one layer."""
         decay, state = group["weight_decay"], self.state[weight]
         if not state:
             state.update(momentum_buffer=torch.zeros_like(weight))

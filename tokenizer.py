@@ -36,7 +36,7 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]       # what G
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]       # id -> byte
 BATCH_CHARS = 1_000_000                                                 # characters handed to a counting worker at once
 MAX_WORDS = 20_000_000                                                  # distinct words held before rare ones are forgotten
-STRETCH, BUCKETS = 1 << 20, 1048573
+STRETCH, DIVISOR = 1 << 20, 16
 EDGE = np.iinfo(np.int32).min                                           # before, between and after words, and inside tokens
 
 
@@ -246,137 +246,150 @@ def forget_rare(words, limit):
 
 
 def learn_merges(words, n_merges, progress=False):
-    """The n_merges most frequent pairs in the order BPE merges them, as [(left id, right id)]; fewer when none occurs twice.
+    """The first n_merges merges of BPE as [(left id, right id)]; fewer when no pair occurs twice any more.
 
-    One after the other, the pair with the highest count is merged everywhere, ties going to the smaller (left, right).
-    The next few pairs can be merged together, and the order is still the same, as long as no pair (c, d) follows a pair
-    (a, b) with c = b or d = a. Only then could merging (a, b) take occurrences from (c, d); and a new pair such as
-    (x, ab) occurs no more often than (x, a), which is yet to come, so it comes later too, ties included, for its new id
-    is the largest. A pair (a, a) ends its batch, since "aaaa" gives (aa, aa) at once.
+    By definition one pair after the other, the most frequent first, is merged everywhere, ties going to the smaller
+    (left, right). Here the next few pairs are merged together, which changes nothing as long as none of them, (c, d),
+    follows an (a, b) with c = b or d = a. Only then could merging (a, b) take occurrences from (c, d). And no pair that
+    arises can overtake (c, d): (x, ab) occurs no more often than (x, a), which comes later itself, and loses ties, for
+    its new id is the largest. Where this does not hold, the batch ends: after (a, a), as "aaaa" gives (aa, aa) at once,
+    and after a pair that spells a token we have already.
     """
     corpus = Corpus(words, n_merges)
     with tqdm(total=n_merges, desc="merging", unit="merge", disable=None if progress else True) as bar:
-        while len(corpus.merges) < n_merges and (batch := corpus.next_batch(n_merges - len(corpus.merges))):
+        while batch := corpus.next_batch():
             corpus.merge(batch)
-            bar.update(len(batch))
+            bar.update(len(corpus.merges) - bar.n)
     return corpus.merges
 
 
 class Corpus:
-    """All distinct words in one flat array, and a heap of the frequent pairs with their places.
+    """All distinct words in one flat array, the tokens so far, and a heap of the frequent pairs with their places.
 
-    ids[p] is the id of the token that starts at byte p, ~id at the last byte of a longer token, and EDGE between words
-    and inside tokens. So the token after p starts at p + length[ids[p]], and the one before ends at p - 1.
+    ids[p] is the id of the token that starts at byte p, ~id at the last byte of a token of several, EDGE elsewhere in it
+    and between words. So the token after the one at p starts at p + length[ids[p]], and the one before ends at p - 1.
     """
 
     def __init__(self, words, n_merges):
-        blob = b"\xff" + b"\xff".join([word.encode() for word in words]) + b"\xff"     # 0xFF never occurs in UTF-8
+        blob = b"\xff".join([b"", *map(str.encode, words), b""])                # 0xFF never occurs in UTF-8
         raw = np.frombuffer(blob, np.uint8)
-        id_of = np.full(256, EDGE, np.int32)
-        id_of[BYTES] = np.arange(256)
-        id_of[255] = EDGE
-        self.ids = id_of[raw]
-        self.counts = np.repeat(np.fromiter(words.values(), np.int64, len(words)), np.diff(np.flatnonzero(raw == 255)))
-        self.n_ids = len(BYTES) + n_merges
-        self.length = np.ones(self.n_ids, np.int64)
-        self.place_bits = len(raw).bit_length()
+        id_of_byte = np.argsort(BYTES).astype(np.int32)
+        id_of_byte[0xFF] = EDGE
+        self.ids = id_of_byte[raw]                                              # (len(blob),)
+        self.counts = np.repeat(list(words.values()), np.diff(np.flatnonzero(raw == 0xFF)))    # of the word at a place
+        self.max_tokens = len(BYTES) + n_merges
+        self.length = np.ones(self.max_tokens, np.int64)                        # bytes of each token
         self.tokens = [bytes([b]) for b in BYTES]
         self.id_of = {token: i for i, token in enumerate(self.tokens)}
         self.merges = []
-        self.heap, self.floor = [], 2           # (-count or less, left, right, places); pairs below floor are left out
+        self.heap = []                          # (-count, left, right, places); count is an upper bound, places too many
+        self.floor = 2                          # pairs with lower counts are not on the heap
+        self.place_bits = len(blob).bit_length()
+        if (self.max_tokens ** 2).bit_length() + self.place_bits > 63:
+            raise UserError(f"vocab_size {self.max_tokens:,} is too large for {len(blob):,} bytes of distinct words; "
+                            "lower it or give less text")
 
-    def next_batch(self, limit):
-        """Pop the next pairs that can be merged together, as [(left, right, places)]; [] when none occurs twice."""
-        batch, lefts, rights = [], set(), set()
-        if not self.heap:
+    def next_batch(self):
+        """Take the next pairs that can be merged together, as [(left, right, places)]; [] when there is none left."""
+        batch, lefts, rights, spelt = [], set(), set(), set()
+        pair = self.pop()
+        if pair is None:
             self.find_frequent_pairs()
-        while self.heap and len(batch) < limit:
+            pair = self.pop()
+        while pair and len(self.tokens) + len(batch) < self.max_tokens:
+            _, left, right, places = pair
+            token = self.tokens[left] + self.tokens[right]
+            repeated = token in self.id_of
+            if left in rights or right in lefts or token in spelt or (repeated and batch):
+                heapq.heappush(self.heap, pair)
+                break
+            batch.append((left, right, places))
+            lefts.add(left), rights.add(right), spelt.add(token)
+            if left == right or repeated:
+                break
+            pair = self.pop()
+        return batch
+
+    def pop(self):
+        """Take the most frequent pair off the heap, counted afresh: (-count, left, right, places), or None."""
+        while self.heap:
             bound, left, right, places = heapq.heappop(self.heap)
             places = places[self.ids[places] == left]
             places = places[self.ids[places + self.length[left]] == right]
-            count = int(self.counts[places].sum())
-            if count < -bound:                                      # merges since took some of its places
-                if count >= self.floor:
-                    heapq.heappush(self.heap, (-count, left, right, places))
-                continue
-            if left in rights or right in lefts:
-                heapq.heappush(self.heap, (bound, left, right, places))
-                break
-            batch.append((left, right, places))
-            lefts.add(left)
-            rights.add(right)
-            if left == right:
-                break
-        return batch
+            pair = (-int(self.counts[places].sum()), left, right, places)
+            if pair[0] == bound:
+                return pair
+            if -pair[0] >= self.floor:
+                heapq.heappush(self.heap, pair)
 
     def merge(self, batch):
         """Merge a batch of pairs everywhere, and put the frequent ones of the pairs that arise on the heap."""
         first_new = len(self.tokens)
-        for left, right, _ in batch:
-            self.tokens.append(self.tokens[left] + self.tokens[right])
-            self.merges.append((left, right))
-            self.length[len(self.tokens) - 1] = len(self.tokens[-1])
-        lefts, rights, places = zip(*batch)
+        lefts, rights, places = map(list, zip(*batch))
+        new_ids = [self.add_token(left, right) for left, right in zip(lefts, rights)]
         if lefts[-1] == rights[-1]:
-            places = [*places[:-1], every_other(np.sort(places[-1]), self.length[lefts[-1]])]
+            places[-1] = every_other(np.sort(places[-1]), self.length[lefts[-1]])
         sizes = [len(p) for p in places]
-        places = np.concatenate(places)
-        new = np.repeat(np.arange(first_new, len(self.tokens)), sizes)
-        seam = places + np.repeat(self.length[list(lefts)], sizes)
-        after = places + self.length[new]
-        self.ids[seam - 1] = EDGE
-        self.ids[seam] = EDGE
-        self.ids[after - 1] = ~new
+        places, new = np.concatenate(places), np.repeat(new_ids, sizes)
+        seam, end = places + np.repeat(self.length[lefts], sizes), places + self.length[new]
+        self.ids[seam - 1] = self.ids[seam] = EDGE
+        self.ids[end - 1] = ~new
         self.ids[places] = new
-        before = self.ids[places - 1]
-        before = np.maximum(before, ~before)                        # ~EDGE is the largest int32
-        behind = self.ids[after]
-        has_left = before < first_new                               # two new ones side by side are seen from the left one
-        has_right = behind >= 0
-        before, behind = before[has_left].astype(np.int64), behind[has_right]
-        keys = np.concatenate([before * self.n_ids + new[has_left], new[has_right] * self.n_ids + behind])
-        starts = np.concatenate([places[has_left] - self.length[before], places[has_right]])
-        self.push(keys << self.place_bits | starts)
+        if len(self.tokens) == first_new:               # an old token in new places: only a full count will do
+            self.heap.clear()
+            return
 
-    def push(self, packed):
-        """Put pairs on the heap that reach the floor. packed: key and place of each occurrence, in one int64."""
+        before, behind = self.ids[places - 1], self.ids[end]
+        before = np.maximum(before, ~before).astype(np.int64)       # ~EDGE is the largest int32
+        has_left, has_right = before < first_new, behind >= 0       # two new ones in a row: seen from the left one
+        before = before[has_left]
+        self.push(np.concatenate([self.packed(before, new[has_left], places[has_left] - self.length[before]),
+                                  self.packed(new[has_right], behind[has_right], places[has_right])]))
+
+    def add_token(self, left, right):
+        """The id of a merged pair: a new one, unless other tokens have already made the same bytes."""
+        token = self.tokens[left] + self.tokens[right]
+        if token not in self.id_of:
+            self.length[len(self.tokens)] = len(token)
+            self.id_of[token] = len(self.tokens)
+            self.tokens.append(token)
+            self.merges.append((left, right))
+        return self.id_of[token]
+
+    def packed(self, left, right, places):
+        """Pair and place of each occurrence in one int64: sorted several times faster than pairs are by argsort."""
+        return (left * self.max_tokens + right) << self.place_bits | places
+
+    def push(self, packed, floor_divisor=None):
+        """Put those pairs on the heap that reach the floor, or with a divisor set the floor by the highest count."""
         packed.sort()
-        keys, places = packed >> self.place_bits, packed & (1 << self.place_bits) - 1
-        starts = np.flatnonzero(np.diff(keys, prepend=-1))
-        counts = np.add.reduceat(self.counts[places], starts) if len(starts) else starts
-        ends = np.append(starts[1:], len(keys))
+        keys = packed >> self.place_bits
+        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[:len(keys)])
+        keys, ends = keys[starts], np.append(starts[1:], len(keys))
+        packed &= (1 << self.place_bits) - 1
+        counts = np.add.reduceat(self.counts[packed], starts) if len(starts) else starts
+        if floor_divisor:
+            self.floor = max(2, counts.max(initial=0) // floor_divisor)
         kept = counts >= self.floor
-        for key, count, start, end in zip(*(x[kept].tolist() for x in (keys[starts], counts, starts, ends))):
-            heapq.heappush(self.heap, (-count, *divmod(key, self.n_ids), places[start:end]))
-
-    def pairs(self):
-        """Yield (key, place) of all pairs as they stand, a stretch of the corpus at a time."""
-        for start in range(0, len(self.ids), STRETCH):
-            places = start + np.flatnonzero(self.ids[start:start + STRETCH] >= 0)
-            left = self.ids[places]
-            right = self.ids[places + self.length[left]]
-            inside = right >= 0
-            yield left[inside].astype(np.int64) * self.n_ids + right[inside], places[inside]
+        for key, count, start, end in zip(*(x[kept].tolist() for x in (keys, counts, starts, ends))):
+            heapq.heappush(self.heap, (-count, *divmod(key, self.max_tokens), packed[start:end].copy()))
 
     def find_frequent_pairs(self):
-        """Fill the empty heap with the pairs that occur at least an eighth as often as the most frequent one.
-
-        Pairs are first counted in buckets that several may share, which is fast and never too low.
-        """
-        sums = sum(np.bincount(keys % BUCKETS, self.counts[places], BUCKETS) for keys, places in self.pairs())
-        self.floor = int(sums.max())
-        while not self.heap and self.floor > 2:
-            self.floor = max(2, self.floor // 8)
-            often = sums >= self.floor
-            self.push(np.concatenate([(keys << self.place_bits | places)[often[keys % BUCKETS]]
-                                      for keys, places in self.pairs()]))
+        """Fill the empty heap with the pairs that occur at least a 16th as often as the most frequent one."""
+        packed = []
+        for start in range(0, len(self.ids), STRETCH):              # a stretch at a time: arrays that fit the cache
+            places = start + np.flatnonzero(self.ids[start:start + STRETCH] >= 0)
+            left = self.ids[places].astype(np.int64)
+            right = self.ids[places + self.length[left]]
+            packed.append(self.packed(left, right, places)[right >= 0])
+        self.push(np.concatenate(packed), floor_divisor=DIVISOR)
 
 
 def every_other(places, step):
-    """Of sorted places, those where a pair (a, a) is merged: runs of places `step` apart overlap, so 1st, 3rd, 5th."""
+    """Of the sorted places of a pair (a, a), those to merge: in a run of places `step` apart the 1st, 3rd, 5th ..."""
     index = np.arange(len(places))
-    run_start = np.concatenate([[True], np.diff(places) != step])
-    return places[(index - np.maximum.accumulate(np.where(run_start, index, 0))) % 2 == 0]
+    starts = np.where(np.diff(places, prepend=-step) != step, index, 0)         # index of the run's start, at the start
+    return places[(index - np.maximum.accumulate(starts)) % 2 == 0]
 
 
 # --- Command line ------------------------------------------------------------------------------------------------

@@ -138,7 +138,10 @@ def start_ranks(config):
     if config.threads:
         torch.set_num_threads(config.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # cuBLAS is deterministic only with it
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "mps")
+    if config.compile:
+        torch.use_deterministic_algorithms(True, warn_only=device.type == "mps")
+    else:                                                               # the same, without loading the compiler (4 s)
+        torch.set_deterministic_debug_mode("warn" if device.type == "mps" else "error")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ranks = Ranks(rank, local_rank, world_size, device, pick_dtype(config.dtype, device))

@@ -178,9 +178,11 @@ def table_documents(rows, path, columns):
     if places and min(places) < 0:
         raise UserError(f"--columns {columns}: columns are counted from 1")
     for number, row in enumerate(rows, first):
-        if places and row and len(row) <= max(places):
+        if not any(row):                                        # a blank line
+            continue
+        if places and len(row) <= max(places):
             raise UserError(f"{path}: row {number} has {len(row)} columns, --columns wants {max(places) + 1}")
-        yield "\n".join([row[i] for i in places] if places and row else row)
+        yield "\n".join([row[i] for i in places] if places else row)
 
 
 # ---- text
