@@ -36,7 +36,7 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]       # what G
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]       # id -> byte
 BATCH_CHARS = 1_000_000                                                 # characters handed to a counting worker at once
 MAX_WORDS = 20_000_000                                                  # distinct words held before rare ones are forgotten
-STRETCH, DIVISOR = 1 << 20, 16
+STRETCH, FLOOR_DIVISOR = 1 << 20, 16
 EDGE = np.iinfo(np.int32).min                                           # before, between and after words, and inside tokens
 
 
@@ -139,17 +139,14 @@ class Tokenizer:
         path = Path(dir) / FILE
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["format"] != FORMAT:
-                raise UserError(f"{path} has format {stored['format']!r}, not {FORMAT!r}; train the tokenizer again")
-            tokenizer = cls(stored["merges"])
+            format, sha256, tokenizer = stored["format"], stored["sha256"], cls(stored["merges"])
         except OSError as error:
             raise UserError(f"no tokenizer at {path} ({error.strerror}); train one with tokenizer.py --out_dir {dir}")
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); train or copy the tokenizer again")
-        if stored["sha256"] != tokenizer.sha256:
-            raise UserError(f"{path} is damaged (its sha256 does not fit); train or copy the tokenizer again")
+        if (format, sha256) != (FORMAT, tokenizer.sha256):
+            raise UserError(f"{path} is damaged or of another kind ({format!r}, sha256 {sha256!r}, expected {FORMAT!r}, "
+                            f"{tokenizer.sha256!r}); train or copy the tokenizer again")
         return tokenizer
 
 
@@ -179,7 +176,7 @@ def write_text(path, text):
         temporary.unlink(missing_ok=True)
 
 
-# --- Training, first half: words and how often each occurs ------------------------------------------------------
+# --- Training, first half: words and how often each occurs ---
 
 
 def count_words(texts, processes=1, progress=False):
@@ -187,22 +184,22 @@ def count_words(texts, processes=1, progress=False):
     words = Counter()
     with tqdm(desc="counting words", unit="char", unit_scale=True, disable=None if progress else True) as bar:
         for n_chars, counted in counted_batches(batched(texts, BATCH_CHARS), processes):
-            for word, count in counted.items():
-                words[word] += count
+            words.update(counted)
             bar.update(n_chars)
             forget_rare(words, MAX_WORDS)
     return words
 
 
 def counted_batches(batches, processes):
-    """Yield (characters, Counter) of each batch, from worker processes where there are enough batches to pay for them."""
-    head = list(itertools.islice(batches, 4 * (processes > 1)))
-    if len(head) < 4:
-        yield from map(count_batch, itertools.chain(head, batches))
+    """Yield `count_batch` of each batch in order, from workers where there are batches enough to pay for starting them."""
+    head = list(itertools.islice(batches, 4))
+    batches = itertools.chain(head, batches)
+    if processes == 1 or len(head) < 4:
+        yield from map(count_batch, batches)
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         waiting = deque()
-        for batch in itertools.chain(head, batches):
+        for batch in batches:
             waiting.append(pool.submit(count_batch, batch))
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().result()
@@ -242,7 +239,7 @@ def forget_rare(words, limit):
         warnings.warn(f"more than {limit:,} distinct words: those seen {rare} times so far were forgotten")
 
 
-# --- Training, second half: merges -------------------------------------------------------------------------------
+# --- Training, second half: merges ---
 
 
 def learn_merges(words, n_merges, progress=False):
@@ -252,19 +249,18 @@ def learn_merges(words, n_merges, progress=False):
     (left, right). Here the next few pairs are merged together, which changes nothing as long as none of them, (c, d),
     follows an (a, b) with c = b or d = a. Only then could merging (a, b) take occurrences from (c, d). And no pair that
     arises can overtake (c, d): (x, ab) occurs no more often than (x, a), which comes later itself, and loses ties, for
-    its new id is the largest. Where this does not hold, the batch ends: after (a, a), as "aaaa" gives (aa, aa) at once,
-    and after a pair that spells a token we have already.
+    its new id is the largest. (a, a) ends its batch all the same: out of "aaaa" it makes (aa, aa) at once.
     """
     corpus = Corpus(words, n_merges)
     with tqdm(total=n_merges, desc="merging", unit="merge", disable=None if progress else True) as bar:
         while batch := corpus.next_batch():
             corpus.merge(batch)
-            bar.update(len(corpus.merges) - bar.n)
+            bar.update(len(batch))
     return corpus.merges
 
 
 class Corpus:
-    """All distinct words in one flat array, the tokens so far, and a heap of the frequent pairs with their places.
+    """All distinct words in one flat array, the merges so far, and a heap of the frequent pairs with their places.
 
     ids[p] is the id of the token that starts at byte p, ~id at the last byte of a token of several, EDGE elsewhere in it
     and between words. So the token after the one at p starts at p + length[ids[p]], and the one before ends at p - 1.
@@ -272,42 +268,36 @@ class Corpus:
 
     def __init__(self, words, n_merges):
         blob = b"\xff".join([b"", *map(str.encode, words), b""])                # 0xFF never occurs in UTF-8
+        self.max_tokens, self.place_bits = len(BYTES) + n_merges, len(blob).bit_length()
+        if 2 * self.max_tokens.bit_length() + self.place_bits > 63:
+            raise UserError(f"a vocabulary of {self.max_tokens:,} is too large for {len(blob):,} bytes of distinct "
+                            "words; lower vocab_size or give less text")
         raw = np.frombuffer(blob, np.uint8)
         id_of_byte = np.argsort(BYTES).astype(np.int32)
         id_of_byte[0xFF] = EDGE
         self.ids = id_of_byte[raw]                                              # (len(blob),)
-        self.counts = np.repeat(list(words.values()), np.diff(np.flatnonzero(raw == 0xFF)))    # of the word at a place
-        self.max_tokens = len(BYTES) + n_merges
+        self.counts = np.repeat(list(words.values()), np.diff(np.flatnonzero(raw == 0xFF)))     # of the word at a place
         self.length = np.ones(self.max_tokens, np.int64)                        # bytes of each token
-        self.tokens = [bytes([b]) for b in BYTES]
-        self.id_of = {token: i for i, token in enumerate(self.tokens)}
         self.merges = []
-        self.heap = []                          # (-count, left, right, places); count is an upper bound, places too many
-        self.floor = 2                          # pairs with lower counts are not on the heap
-        self.place_bits = len(blob).bit_length()
-        if (self.max_tokens ** 2).bit_length() + self.place_bits > 63:
-            raise UserError(f"vocab_size {self.max_tokens:,} is too large for {len(blob):,} bytes of distinct words; "
-                            "lower it or give less text")
+        self.heap = []                  # (-count, left, right, places) as it was at first: may have too many places by now
+        self.floor = 2                  # pairs with lower counts are not on the heap
 
     def next_batch(self):
         """Take the next pairs that can be merged together, as [(left, right, places)]; [] when there is none left."""
-        batch, lefts, rights, spelt = [], set(), set(), set()
+        batch, lefts, rights = [], set(), set()
         pair = self.pop()
         if pair is None:
             self.find_frequent_pairs()
             pair = self.pop()
-        while pair and len(self.tokens) + len(batch) < self.max_tokens:
+        while pair and len(BYTES) + len(self.merges) + len(batch) < self.max_tokens:
             _, left, right, places = pair
-            token = self.tokens[left] + self.tokens[right]
-            repeated = token in self.id_of
-            if left in rights or right in lefts or token in spelt or (repeated and batch):
+            if left in rights or right in lefts:
                 heapq.heappush(self.heap, pair)
                 break
             batch.append((left, right, places))
-            lefts.add(left), rights.add(right), spelt.add(token)
-            if left == right or repeated:
-                break
-            pair = self.pop()
+            lefts.add(left)
+            rights.add(right)
+            pair = self.pop() if left != right else None
         return batch
 
     def pop(self):
@@ -324,20 +314,20 @@ class Corpus:
 
     def merge(self, batch):
         """Merge a batch of pairs everywhere, and put the frequent ones of the pairs that arise on the heap."""
-        first_new = len(self.tokens)
         lefts, rights, places = map(list, zip(*batch))
-        new_ids = [self.add_token(left, right) for left, right in zip(lefts, rights)]
         if lefts[-1] == rights[-1]:
             places[-1] = every_other(np.sort(places[-1]), self.length[lefts[-1]])
+        first_new = len(BYTES) + len(self.merges)
+        new_ids = np.arange(first_new, first_new + len(batch))
+        self.merges += zip(lefts, rights)
+        self.length[new_ids] = self.length[lefts] + self.length[rights]
+
         sizes = [len(p) for p in places]
         places, new = np.concatenate(places), np.repeat(new_ids, sizes)
         seam, end = places + np.repeat(self.length[lefts], sizes), places + self.length[new]
         self.ids[seam - 1] = self.ids[seam] = EDGE
         self.ids[end - 1] = ~new
         self.ids[places] = new
-        if len(self.tokens) == first_new:               # an old token in new places: only a full count will do
-            self.heap.clear()
-            return
 
         before, behind = self.ids[places - 1], self.ids[end]
         before = np.maximum(before, ~before).astype(np.int64)       # ~EDGE is the largest int32
@@ -345,16 +335,6 @@ class Corpus:
         before = before[has_left]
         self.push(np.concatenate([self.packed(before, new[has_left], places[has_left] - self.length[before]),
                                   self.packed(new[has_right], behind[has_right], places[has_right])]))
-
-    def add_token(self, left, right):
-        """The id of a merged pair: a new one, unless other tokens have already made the same bytes."""
-        token = self.tokens[left] + self.tokens[right]
-        if token not in self.id_of:
-            self.length[len(self.tokens)] = len(token)
-            self.id_of[token] = len(self.tokens)
-            self.tokens.append(token)
-            self.merges.append((left, right))
-        return self.id_of[token]
 
     def packed(self, left, right, places):
         """Pair and place of each occurrence in one int64: sorted several times faster than pairs are by argsort."""
@@ -366,7 +346,7 @@ class Corpus:
         keys = packed >> self.place_bits
         starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[:len(keys)])
         keys, ends = keys[starts], np.append(starts[1:], len(keys))
-        packed &= (1 << self.place_bits) - 1
+        packed &= (1 << self.place_bits) - 1                    # only the places
         counts = np.add.reduceat(self.counts[packed], starts) if len(starts) else starts
         if floor_divisor:
             self.floor = max(2, counts.max(initial=0) // floor_divisor)
@@ -382,7 +362,7 @@ class Corpus:
             left = self.ids[places].astype(np.int64)
             right = self.ids[places + self.length[left]]
             packed.append(self.packed(left, right, places)[right >= 0])
-        self.push(np.concatenate(packed), floor_divisor=DIVISOR)
+        self.push(np.concatenate(packed), floor_divisor=FLOOR_DIVISOR)
 
 
 def every_other(places, step):
@@ -392,7 +372,7 @@ def every_other(places, step):
     return places[(index - np.maximum.accumulate(starts)) % 2 == 0]
 
 
-# --- Command line ------------------------------------------------------------------------------------------------
+# --- Command line ---
 
 
 @dataclass
