@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError
+from cli import UserError, about
 from model import LanguageModel, ModelConfig, ScalarModel
 from tokenizer import Tokenizer
 
 KEPT = 2                                                        # newest checkpoints that stay, beside the best
 
 
-def begin(config, model, optimizer, scaler, ranks):
+def begin(config, model, optimizer, scaler, tokenizer, ranks):
     """Start a run as its flags say: fresh, from the weights of --init_from, or where --resume finds it.
 
     Returns the run's state: {"step", "tokens", and what the stage put there}.
@@ -35,14 +35,17 @@ def begin(config, model, optimizer, scaler, ranks):
     out_dir = Path(config.out_dir)
     if not config.resume and any(out_dir.glob("checkpoints/[0-9]*")):
         raise UserError(f"--out_dir {out_dir} holds a run already; go on with --resume or choose another directory")
+    if config.resume or config.init_from:
+        path = resolve(out_dir if config.resume else config.init_from, ranks.say)
+        load_weights(model, torch.load(path / "model.pt", map_location="cpu", weights_only=True), path)
+        if Tokenizer.load(path / "tokenizer").sha256 != tokenizer.sha256:
+            raise UserError(f"checkpoint {path}: its tokenizer is not that of the data, so its ids mean other texts; "
+                            f"prepare the data with --tokenizer {path / 'tokenizer'}")
+        ranks.say(f"weights of {path}")
     if ranks.is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
         clean(out_dir)
     ranks.barrier()
-    if config.resume or config.init_from:
-        path = resolve(out_dir if config.resume else config.init_from, ranks.say)
-        load_weights(model, torch.load(path / "model.pt", map_location="cpu", weights_only=True), path)
-        ranks.say(f"weights of {path}")
     if not config.resume:
         return {"step": 0, "tokens": 0}
     training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
@@ -112,11 +115,15 @@ def write(path, record, states, tokenizer):
 def write_file(path, write_to):
     """Write a file under a temporary name, sync it, put it in place."""
     temporary = path.with_name(f".tmp-{path.name}")
-    with open(temporary, "wb") as file:
-        write_to(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with about(path):
+            with open(temporary, "wb") as file:
+                write_to(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_directory(path):
@@ -145,6 +152,8 @@ def problem(path):
         json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"cannot be read ({' '.join(str(error).split())})"
+    if not isinstance(sums, dict) or not {"model.pt", "config.json"} <= sums.keys():
+        return "checksums.json is damaged"
     missing = sorted(sums.keys() - contents(path))
     if missing:
         return f"{missing[0]} is missing"

@@ -6,12 +6,17 @@ notebook builds (`PretrainConfig(n_layers=2)`) and what a checkpoint's `config.j
 
 import argparse
 import difflib
+import errno
 import importlib
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import get_type_hints
+
+
+FULL = ("ENOSPC", "EFBIG", "EDQUOT")                       # the ways in which a disk has no room
 
 
 class UserError(ValueError):
@@ -37,7 +42,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith("unrecognized arguments:"):
             flag = message.split(": ", 1)[1].split()[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            flags = list(self._option_string_actions)
+            near = [f for f in flags if len(flag) > 2 and f.startswith(flag)] or difflib.get_close_matches(flag, flags, 1)
             message = f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
         raise UserError(f"{message} (see {self.prog} --help)")
 
@@ -62,13 +68,14 @@ def parse_config(cls, argv=None, presets=None, kept=()):
         else:
             parser.add_argument(f"--{f.name}", type=types[f.name], metavar=types[f.name].__name__.upper(), **common)
     given = vars(parser.parse_args(argv))
-    preset = presets[name] if (name := given.pop("config", "smoke" if given.get("smoke") else "")) else {}
     if given.get("resume"):
         refused = [name for name in given if name not in {"resume", "out_dir", *kept}]
         if refused:
             raise UserError(f"--{refused[0]} {given[refused[0]]} cannot change when a run is resumed; "
                             f"beside --resume and --out_dir only {', '.join('--' + k for k in kept)} can")
-        preset = stored_config(given.get("out_dir", cls.out_dir), cls)
+        return cls(**{**stored_config(given.get("out_dir", cls.out_dir), cls), **given})
+    name = given.pop("config", "smoke" if given.get("smoke") else "")
+    preset = presets[name] if name else {}
     return cls(**{**preset, **given})
 
 
@@ -79,9 +86,10 @@ def stored_config(out_dir, cls):
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))["config"]
             return {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
-        except (ValueError, KeyError, OSError):
+        except (ValueError, KeyError, TypeError, OSError):
             continue                                        # torn: checkpoint.newest() will name it
-    raise UserError(f"--resume: no checkpoint under {out_dir}/checkpoints; start without --resume")
+    raise UserError(f"--resume: no {'usable ' if found else ''}checkpoint under {out_dir}/checkpoints; "
+                    "start without --resume, in another --out_dir if there is something in this one")
 
 
 def run(main):
@@ -93,10 +101,22 @@ def run(main):
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        sys.exit(complain(f"{error.filename or 'writing'}: {error.strerror}"))
+        full = errno.errorcode.get(error.errno) in FULL
+        mend = "; make room there" if full else "; give another path" if error.filename else ""
+        sys.exit(complain(f"{error.filename or 'writing'}: {error.strerror}{mend}"))
     except KeyboardInterrupt:
         complain("interrupted")
         sys.exit(130)
+
+
+@contextmanager
+def about(path):
+    """Give an OSError inside the block the name of the file that the user knows; a failed write has none at all."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def complain(message):

@@ -213,6 +213,8 @@ def main(config):
     """Print `config.samples` texts, each with its prompt."""
     if config.samples < 1:
         raise UserError(f"samples {config.samples} must be at least 1")
+    if config.threads < 0:
+        raise UserError(f"threads {config.threads} must be at least 1, or 0 for torch's choice")
     if config.threads:
         torch.set_num_threads(config.threads)
     model, tokenizer, _ = load_model(config.model, pick_device(config.device))

@@ -174,8 +174,8 @@ class LARS(Layerwise):
 
     Chosen here: lr stands inside the momentum, as in the paper (torch's SGD has it outside, which differs
     while lr changes); the quotient is 1 where a part of it is 0, and for vectors (without decay); they
-    keep the coefficient, because the lr of 3-10 that it asks for is much for a bare gain. Decay is coupled, and
-    clipped gradients are small beside the weights: it wants about 1e-4, not AdamW's 0.1.
+    keep the coefficient, because the lr of 3-10 that it asks for is much for a bare gain. Decay is
+    coupled, and clipped gradients are small beside the weights: it wants about 1e-4, not AdamW's 0.1.
     """
 
     def move(self, weight, group):

@@ -21,9 +21,9 @@ from generate import generate
 from model import MAX_LOGITS, LanguageModel, ModelConfig, count_params, flops_per_token, token_loss, training_memory
 from optim import make_optimizer
 from tokenizer import Tokenizer
-from training import (KEPT, MetricLog, NonFinite, Stop, TrainingConfig, accumulate, autocast, batch_sizes, check,
-                      clip_and_step, draw_seed, free_memory, intervals, loss_scaler, lr_at, matmul_peak, start_ranks,
-                      wrap)
+from training import (KEPT, MetricLog, NonFinite, Stop, TrainingConfig, accumulate, at_least, autocast,
+                      batch_sizes, check, clip_and_step, draw_seed, free_memory, intervals, loss_scaler, lr_at,
+                      matmul_peak, start_ranks, wrap)
 
 PRESETS = {     # a shape, and the lr, batch and length that suit it; the data decides max_steps
     "tiny": dict(d_model=192, n_layers=5, n_heads=6, n_kv_heads=2, d_ff=512, max_seq_len=256,
@@ -64,13 +64,15 @@ def main(config):
 def train(config, ranks):
     """The run: what is needed, then the loop; returns the model."""
     micro_batch_size = check(config, ranks)
+    at_least(1, config, "eval_rows", "sample_tokens")
+    at_least(0, config, "eval_documents", "samples")
     data, tokenizer, config = open_data(config, ranks)
     torch.manual_seed(draw_seed(config.seed, "init"))
     model = LanguageModel(checkpoint.model_config(config)).to(ranks.device)
     optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.beta1, config.beta2, config.eps,
                                config.weight_decay)
     scaler, skip, sizes = loss_scaler(ranks), intervals(config.skip_steps), batch_sizes(config, config.max_seq_len)
-    state = checkpoint.begin(config, model, optimizer, scaler, ranks)
+    state = checkpoint.begin(config, model, optimizer, scaler, tokenizer, ranks)
     forward = wrap(model, config, ranks)
 
     def batch_of(step):

@@ -1,9 +1,9 @@
 """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): trained here by hand, applied by tiktoken.
 
-Text is split by Llama 3's pattern into words; pairs of tokens are merged inside words only, the most frequent pair first.
-Ids: 0-255 the bytes in GPT-2's order, then the merges in the order they were learnt, then the four specials.
-The trainer's trick is to do many merges at once in numpy without changing the result: see `learn_merges`.
-Special tokens are never recognised in text; they come from `encode_chat` and from whoever packs documents.
+Text is split by Llama 3's pattern into words, and inside words the most frequent pair of tokens is merged, again
+and again. Ids: 0-255 the bytes in GPT-2's order, the merges as they were learnt, the four specials. The trainer's
+trick is to do many merges at once in numpy, with the same result: see `learn_merges`. Special tokens are never
+recognised in text; they come from `encode_chat` and from whoever packs documents.
 """
 
 import codecs
@@ -32,12 +32,14 @@ SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 ROLES = ("system", "user", "assistant")
 FILE, FORMAT = "bpe.json", "sprout byte-level BPE, version 1"
 
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]       # what GPT-2 showed as itself comes first
-BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]       # id -> byte
-BATCH_CHARS = 1_000_000                                                 # characters handed to a counting worker at once
-MAX_WORDS = 20_000_000                                                  # distinct words held before rare ones are forgotten
-STRETCH, FLOOR_DIVISOR = 1 << 20, 16
-EDGE = np.iinfo(np.int32).min                                           # before, between and after words, and inside tokens
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]   # GPT-2 shows these as they are, and first
+BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]   # id -> byte
+MAX_SPACES = 500_000            # tiktoken's regex engine gives up on a million white spaces in a row
+BATCH_CHARS = 1_000_000         # characters that a counting worker gets at once
+MAX_WORDS = 5_000_000           # distinct words held before rare ones are forgotten; about 4 GB in all
+STRETCH = 1 << 20               # bytes of the corpus looked through at once
+FLOOR_DIVISOR = 16              # how far below the top the heap reaches before all pairs are counted again
+EDGE = np.iinfo(np.int32).min   # between words and inside tokens
 
 
 class Tokenizer:
@@ -49,39 +51,47 @@ class Tokenizer:
         tokens = [bytes([b]) for b in BYTES]
         for left, right in self.merges:
             tokens.append(tokens[left] + tokens[right])
+        specials = {name: len(tokens) + i for i, name in enumerate(SPECIALS)}
+        self.eot_id, self.pad_id, self.im_start_id, self.im_end_id = specials.values()
         self.token_bytes = tokens + [b""] * len(SPECIALS)
         self.vocab_size = len(self.token_bytes)
-        self.eot_id, self.pad_id, self.im_start_id, self.im_end_id = range(len(tokens), self.vocab_size)
-        self.sha256 = hashlib.sha256(json.dumps([FORMAT, SPLIT_PATTERN, SPECIALS, self.merges]).encode()).hexdigest()
-        self.encoding = tiktoken.Encoding("sprout", pat_str=SPLIT_PATTERN, special_tokens=dict(
-            zip(SPECIALS, range(len(tokens), self.vocab_size))), mergeable_ranks={t: i for i, t in enumerate(tokens)})
+        self.encoding = tiktoken.Encoding("sprout", pat_str=SPLIT_PATTERN, special_tokens=specials,
+                                          mergeable_ranks={token: i for i, token in enumerate(tokens)})
+        content = json.dumps([FORMAT, SPLIT_PATTERN, SPECIALS, self.merges])
+        self.sha256 = hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
     def train(cls, texts, vocab_size, processes=1, progress=False):
         """Learn a vocabulary from any iterable of str, read once and never held whole.
 
-        vocab_size counts the 256 bytes and the specials; it comes out smaller, with a warning, where no pair occurs
-        twice any more. processes: workers that count words (started by spawn, so a script needs its `__main__` guard).
+        vocab_size counts bytes and specials too; it comes out smaller, with a warning, where no pair occurs twice
+        any more. processes: workers that count words, by spawn, so that a script needs its `__main__` guard.
         """
-        n_merges = vocab_size - len(BYTES) - len(SPECIALS)
-        if n_merges < 0:
-            raise UserError(f"vocab_size {vocab_size} is too small; the bytes and specials alone are "
-                            f"{len(BYTES) + len(SPECIALS)}")
+        smallest = len(BYTES) + len(SPECIALS)
+        if vocab_size < smallest:
+            raise UserError(f"vocab_size {vocab_size} is too small; bytes and specials alone are {smallest}")
         words = count_words(texts, processes, progress)
         if not words:
             raise UserError("no text to train a tokenizer on; give at least one file that is not empty")
-        merges = learn_merges(words, n_merges, progress)
-        if len(merges) < n_merges:
-            warnings.warn(f"no pair occurs twice any more: vocab_size is {vocab_size - n_merges + len(merges)} "
-                          f"instead of {vocab_size}; more text would give more tokens", stacklevel=2)
-        return cls(merges)
+        tokenizer = cls(learn_merges(words, vocab_size - smallest, progress))
+        if tokenizer.vocab_size < vocab_size:
+            warnings.warn(f"no pair occurs twice any more: vocab_size is {tokenizer.vocab_size} instead of "
+                          f"{vocab_size}; more text would give more tokens", stacklevel=2)
+        return tokenizer
 
     def encode(self, text):
-        """Ids of a text, all of it ordinary: a typed "<|im_end|>" is nine characters like any others."""
-        return self.encoding.encode_ordinary(text)
+        """Ids of a text, all of it ordinary: a typed "<|im_end|>" is ten characters like any others."""
+        if len(text) <= MAX_SPACES:
+            return self.encoding.encode_ordinary(text)
+        runs = regex.finditer(r"\s{2,}", text)
+        cuts = [i for run in runs for i in range(run.start() + MAX_SPACES, run.end(), MAX_SPACES)]
+        pieces = (text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)]))
+        return [id for piece in pieces for id in self.encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts):
-        """`encode` of each text, on all cores."""
+        """`encode` of each of a list of texts, on all cores."""
+        if any(len(text) > MAX_SPACES for text in texts):
+            return [self.encode(text) for text in texts]
         return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def decode(self, ids):
@@ -93,10 +103,10 @@ class Tokenizer:
         return StreamDecoder(self.encoding)
 
     def encode_chat(self, messages, add_generation_prompt=False):
-        """Ids and loss mask (1 = learn) of a conversation in ChatML: <|im_start|>role newline content<|im_end|> newline.
+        """Ids and loss mask (1 = learn) of a conversation in ChatML: "<|im_start|>role\\ncontent<|im_end|>\\n".
 
-        messages: [{"role": system | user | assistant, "content": str}, ...]. Content is stripped and encoded apart from
-        the frame. Learnt are the assistant's content and its <|im_end|>. The generation prompt opens a reply.
+        messages: [{"role": system | user | assistant, "content": str}, ...]. Content is stripped and encoded apart
+        from the frame. Learnt are the assistant's content and its <|im_end|>. The generation prompt opens a reply.
         """
         ids, loss_mask = [], []
 
@@ -120,18 +130,16 @@ class Tokenizer:
     def save(self, dir):
         """Write bpe.json, which `load` reads, and vocab.txt, which is for looking only.
 
-        vocab.txt cannot be loaded: it shows tokens but not which two each was merged from, and half a character prints
-        as U+FFFD.
+        vocab.txt cannot be loaded: it shows tokens, not which two each was merged from, pattern or checksum.
         """
         dir = Path(dir)
         dir.mkdir(parents=True, exist_ok=True)
+        head = {"format": FORMAT, "split_pattern": SPLIT_PATTERN, "specials": SPECIALS, "sha256": self.sha256}
+        lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
         merges = ",\n".join(f"[{left}, {right}]" for left, right in self.merges)
-        write_text(dir / FILE, f'{{"format": {json.dumps(FORMAT)},\n"split_pattern": {json.dumps(SPLIT_PATTERN)},\n'
-                               f'"specials": {json.dumps(SPECIALS)},\n"sha256": "{self.sha256}",\n'
-                               f'"merges": [\n{merges}\n]}}\n')
-        rows = (f"{i}\t{t.hex(' ')}\t{t.decode(errors='replace')!r}\n" for i, t in enumerate(self.token_bytes[:-len(SPECIALS)]))
-        write_text(dir / "vocab.txt", "id\tbytes\ttext\n" + "".join(rows)
-                   + "".join(f"{self.eot_id + i}\t\t{name} (special)\n" for i, name in enumerate(SPECIALS)))
+        write_text(dir / FILE, "{" + ",\n".join([*lines, f'"merges": [\n{merges}\n]']) + "}\n")
+        rows = (f"{i}\t{token.hex(' ')}\t{self.decode([i])!r}\n" for i, token in enumerate(self.token_bytes))
+        write_text(dir / "vocab.txt", "id\tbytes (none: special)\ttext\n" + "".join(rows))
 
     @classmethod
     def load(cls, dir):
@@ -141,12 +149,12 @@ class Tokenizer:
             stored = json.loads(path.read_text(encoding="utf-8"))
             format, sha256, tokenizer = stored["format"], stored["sha256"], cls(stored["merges"])
         except OSError as error:
-            raise UserError(f"no tokenizer at {path} ({error.strerror}); train one with tokenizer.py --out_dir {dir}")
+            raise UserError(f"no tokenizer at {path} ({error.strerror}); train one with tokenizer.py")
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); train or copy the tokenizer again")
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); copy or train it again")
         if (format, sha256) != (FORMAT, tokenizer.sha256):
-            raise UserError(f"{path} is damaged or of another kind ({format!r}, sha256 {sha256!r}, expected {FORMAT!r}, "
-                            f"{tokenizer.sha256!r}); train or copy the tokenizer again")
+            raise UserError(f"{path} is damaged or of another kind: {format!r} with sha256 {sha256!r}, expected "
+                            f"{FORMAT!r} with {tokenizer.sha256!r}; copy or train it again")
         return tokenizer
 
 
@@ -158,7 +166,7 @@ class StreamDecoder:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id):
-        """The text that this id completes; often "" in the middle of a character."""
+        """The text that this id completes; "" in the middle of a character."""
         return self.decoder.decode(self.encoding.decode_single_token_bytes(id))
 
     def finish(self):
@@ -176,8 +184,7 @@ def write_text(path, text):
         temporary.unlink(missing_ok=True)
 
 
-# --- Training, first half: words and how often each occurs ---
-
+# ---- training, first half: words and how often each occurs
 
 def count_words(texts, processes=1, progress=False):
     """Counter of the words of all texts, which are read once, a few batches in flight at a time."""
@@ -191,7 +198,7 @@ def count_words(texts, processes=1, progress=False):
 
 
 def counted_batches(batches, processes):
-    """Yield `count_batch` of each batch in order, from workers where there are batches enough to pay for starting them."""
+    """Yield `count_batch` of each batch in order; by workers where the batches pay for starting them."""
     head = list(itertools.islice(batches, 4))
     batches = itertools.chain(head, batches)
     if processes == 1 or len(head) < 4:
@@ -208,7 +215,7 @@ def counted_batches(batches, processes):
 
 
 def batched(texts, n_chars):
-    """Lists of texts of about n_chars characters each."""
+    """Yield lists of texts of about n_chars characters in all."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
@@ -224,32 +231,30 @@ def count_batch(texts):
     """Number of characters and Counter of the words of a few texts."""
     words = Counter()
     for text in texts:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")       # as tiktoken mends lone surrogates
         words.update(regex.findall(SPLIT_PATTERN, text))
     return sum(map(len, texts)), words
 
 
 def forget_rare(words, limit):
-    """Keep a Counter within limit: drop the words seen once, then twice, and so on (lossy counting, Manku 2002)."""
+    """Keep a Counter within limit: drop words seen once, then twice ... (lossy counting, Manku & Motwani 2002)."""
     for rare in itertools.count(1):
         if len(words) <= limit:
             return
-        for word in [w for w, count in words.items() if count <= rare]:
+        for word in [word for word, count in words.items() if count <= rare]:
             del words[word]
         warnings.warn(f"more than {limit:,} distinct words: those seen {rare} times so far were forgotten")
 
 
-# --- Training, second half: merges ---
-
+# ---- training, second half: merges
 
 def learn_merges(words, n_merges, progress=False):
     """The first n_merges merges of BPE as [(left id, right id)]; fewer when no pair occurs twice any more.
 
     By definition one pair after the other, the most frequent first, is merged everywhere, ties going to the smaller
-    (left, right). Here the next few pairs are merged together, which changes nothing as long as none of them, (c, d),
-    follows an (a, b) with c = b or d = a. Only then could merging (a, b) take occurrences from (c, d). And no pair that
-    arises can overtake (c, d): (x, ab) occurs no more often than (x, a), which comes later itself, and loses ties, for
-    its new id is the largest. (a, a) ends its batch all the same: out of "aaaa" it makes (aa, aa) at once.
+    (left, right). Here the next few are merged together, which changes nothing as long as none of them, (c, d),
+    follows an (a, b) with c = b or d = a. Only then could merging (a, b) take occurrences from (c, d). And no pair
+    that arises overtakes (c, d): (x, ab) occurs no more often than (x, a), which comes later itself, and loses ties,
+    for its new id is the largest. (a, a) ends its batch all the same: out of "aaaa" it makes (aa, aa) at once.
     """
     corpus = Corpus(words, n_merges)
     with tqdm(total=n_merges, desc="merging", unit="merge", disable=None if progress else True) as bar:
@@ -262,28 +267,30 @@ def learn_merges(words, n_merges, progress=False):
 class Corpus:
     """All distinct words in one flat array, the merges so far, and a heap of the frequent pairs with their places.
 
-    ids[p] is the id of the token that starts at byte p, ~id at the last byte of a token of several, EDGE elsewhere in it
-    and between words. So the token after the one at p starts at p + length[ids[p]], and the one before ends at p - 1.
+    ids[p] is the id of the token that starts at byte p, ~id at the last byte of a longer one, EDGE elsewhere in it
+    and between words. So the token after the one at p starts at p + length[ids[p]], the one before ends at p - 1.
     """
 
     def __init__(self, words, n_merges):
-        blob = b"\xff".join([b"", *map(str.encode, words), b""])                # 0xFF never occurs in UTF-8
+        encoded = [word.encode(errors="replace") for word in words]     # a lone surrogate becomes "?"
+        blob = b"\xff".join([b"", *encoded, b""])                       # 0xFF never occurs in UTF-8
         self.max_tokens, self.place_bits = len(BYTES) + n_merges, len(blob).bit_length()
         if 2 * self.max_tokens.bit_length() + self.place_bits > 63:
-            raise UserError(f"a vocabulary of {self.max_tokens:,} is too large for {len(blob):,} bytes of distinct "
-                            "words; lower vocab_size or give less text")
+            raise UserError(f"a vocabulary of {self.max_tokens:,} is too large for {len(blob):,} bytes of "
+                            "distinct words; lower vocab_size or give less text")
         raw = np.frombuffer(blob, np.uint8)
         id_of_byte = np.argsort(BYTES).astype(np.int32)
         id_of_byte[0xFF] = EDGE
-        self.ids = id_of_byte[raw]                                              # (len(blob),)
-        self.counts = np.repeat(list(words.values()), np.diff(np.flatnonzero(raw == 0xFF)))     # of the word at a place
-        self.length = np.ones(self.max_tokens, np.int64)                        # bytes of each token
+        self.ids = id_of_byte[raw]                                      # (len(blob),)
+        word_sizes = np.diff(np.flatnonzero(raw == 0xFF))
+        self.counts = np.repeat(list(words.values()), word_sizes)       # how often the word at a place occurs
+        self.length = np.ones(self.max_tokens, np.int64)                # bytes of each token
         self.merges = []
-        self.heap = []                  # (-count, left, right, places) as it was at first: may have too many places by now
-        self.floor = 2                  # pairs with lower counts are not on the heap
+        self.heap = []              # (-count, left, right, places) when pushed; later merges may take places away
+        self.floor = 2              # pairs with lower counts are not on the heap
 
     def next_batch(self):
-        """Take the next pairs that can be merged together, as [(left, right, places)]; [] when there is none left."""
+        """Take the next pairs that can be merged together, as [(left, right, places)]; [] when none is left."""
         batch, lefts, rights = [], set(), set()
         pair = self.pop()
         if pair is None:
@@ -301,7 +308,7 @@ class Corpus:
         return batch
 
     def pop(self):
-        """Take the most frequent pair off the heap, counted afresh: (-count, left, right, places), or None."""
+        """Take the most frequent pair off the heap, counted afresh: (-count, left, right, places) or None."""
         while self.heap:
             bound, left, right, places = heapq.heappop(self.heap)
             places = places[self.ids[places] == left]
@@ -313,7 +320,7 @@ class Corpus:
                 heapq.heappush(self.heap, pair)
 
     def merge(self, batch):
-        """Merge a batch of pairs everywhere, and put the frequent ones of the pairs that arise on the heap."""
+        """Merge a batch of pairs everywhere, and put the frequent ones among the pairs that arise on the heap."""
         lefts, rights, places = map(list, zip(*batch))
         if lefts[-1] == rights[-1]:
             places[-1] = every_other(np.sort(places[-1]), self.length[lefts[-1]])
@@ -331,68 +338,62 @@ class Corpus:
 
         before, behind = self.ids[places - 1], self.ids[end]
         before = np.maximum(before, ~before).astype(np.int64)       # ~EDGE is the largest int32
-        has_left, has_right = before < first_new, behind >= 0       # two new ones in a row: seen from the left one
+        has_left, has_right = before < first_new, behind >= 0       # two new ones in a row: left one sees both
         before = before[has_left]
         self.push(np.concatenate([self.packed(before, new[has_left], places[has_left] - self.length[before]),
                                   self.packed(new[has_right], behind[has_right], places[has_right])]))
 
     def packed(self, left, right, places):
-        """Pair and place of each occurrence in one int64: sorted several times faster than pairs are by argsort."""
+        """Pair and place of each occurrence in one int64, which sorts several times faster than an argsort."""
         return (left * self.max_tokens + right) << self.place_bits | places
 
-    def push(self, packed, floor_divisor=None):
-        """Put those pairs on the heap that reach the floor, or with a divisor set the floor by the highest count."""
+    def push(self, packed, new_floor=False):
+        """Put those pairs on the heap that reach the floor; new_floor: first set it by the most frequent one."""
+        if not len(packed):
+            return
         packed.sort()
         keys = packed >> self.place_bits
-        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[:len(keys)])
+        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
         keys, ends = keys[starts], np.append(starts[1:], len(keys))
-        packed &= (1 << self.place_bits) - 1                    # only the places
-        counts = np.add.reduceat(self.counts[packed], starts) if len(starts) else starts
-        if floor_divisor:
-            self.floor = max(2, counts.max(initial=0) // floor_divisor)
+        places = np.bitwise_and(packed, (1 << self.place_bits) - 1, out=packed)
+        counts = np.add.reduceat(self.counts[places], starts)
+        if new_floor:
+            self.floor = max(2, counts.max() // FLOOR_DIVISOR)
         kept = counts >= self.floor
         for key, count, start, end in zip(*(x[kept].tolist() for x in (keys, counts, starts, ends))):
-            heapq.heappush(self.heap, (-count, *divmod(key, self.max_tokens), packed[start:end].copy()))
+            heapq.heappush(self.heap, (-count, *divmod(key, self.max_tokens), places[start:end].copy()))
 
     def find_frequent_pairs(self):
-        """Fill the empty heap with the pairs that occur at least a 16th as often as the most frequent one."""
+        """Count all pairs as they stand, and fill the empty heap down to the top count / FLOOR_DIVISOR."""
         packed = []
-        for start in range(0, len(self.ids), STRETCH):              # a stretch at a time: arrays that fit the cache
+        for start in range(0, len(self.ids), STRETCH):
             places = start + np.flatnonzero(self.ids[start:start + STRETCH] >= 0)
             left = self.ids[places].astype(np.int64)
             right = self.ids[places + self.length[left]]
             packed.append(self.packed(left, right, places)[right >= 0])
-        self.push(np.concatenate(packed), floor_divisor=FLOOR_DIVISOR)
+        self.push(np.concatenate(packed), new_floor=True)
 
 
 def every_other(places, step):
-    """Of the sorted places of a pair (a, a), those to merge: in a run of places `step` apart the 1st, 3rd, 5th ..."""
+    """Of the sorted places of a pair (a, a), those to merge: in a run, `step` apart, the 1st, 3rd, 5th ..."""
     index = np.arange(len(places))
-    starts = np.where(np.diff(places, prepend=-step) != step, index, 0)         # index of the run's start, at the start
-    return places[(index - np.maximum.accumulate(starts)) % 2 == 0]
+    run_start = np.maximum.accumulate(np.where(np.diff(places, prepend=-step) != step, index, 0))
+    return places[(index - run_start) % 2 == 0]
 
 
-# --- Command line ---
-
+# ---- command line
 
 @dataclass
 class TokenizerConfig:
     """Train a tokenizer on text files and report how well it fits each language."""
     input: str = option("", "files of any kind that data/read.py reads, comma-separated")
-    vocab_size: int = option(4096, "tokens, the 256 bytes and the specials included")
+    vocab_size: int = option(4096, "tokens, the 256 bytes and the four specials included")
     out_dir: str = option("out/tokenizer", "directory for bpe.json and vocab.txt")
     processes: int = option(0, "workers that count words; 0 = one a core")
 
 
-def language_of(text):
-    """zh, en or other, whichever script most letters of the text belong to."""
-    han, latin = len(regex.findall(r"\p{Han}", text)), len(regex.findall(r"[A-Za-z]", text))
-    letters = len(regex.findall(r"\p{L}", text))
-    return "zh" if 2 * han > letters else "en" if 2 * latin > letters else "other"
-
-
-def fit(tokenizer, texts):
-    """Rows (language, characters, bytes per token, tokens per character, coverage) of texts.
+def fit(tokenizer, texts, language_of):
+    """Rows (language, characters, bytes per token, tokens per character, coverage) over texts.
 
     Coverage is the share of characters that lie whole inside one token; the rest are spelt in byte fragments.
     """
@@ -400,7 +401,7 @@ def fit(tokenizer, texts):
     sums = {}
     for text in texts:
         ids = tokenizer.encode(text)
-        row = np.array([len(text), len(text.encode(errors="replace")), len(ids), cut[ids].sum()])
+        row = np.array([len(text), len(text.encode()), len(ids), cut[ids].sum()])
         language = language_of(text)
         sums[language] = sums.get(language, 0) + row
     return [(language, chars, size / n, n / chars, 1 - cuts / chars)
@@ -408,25 +409,27 @@ def fit(tokenizer, texts):
 
 
 def ends_inside_character(token):
-    """True where a token ends with the first bytes of a character; each character spelt in fragments has one such."""
+    """True where a token ends in the first bytes of a character: each character in fragments has one such."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     decoder.decode(token)
     return len(decoder.getstate()[0]) > 0
 
 
 def main(config):
-    from data.read import documents                 # a floor above; only the command line reads files
+    from data.read import documents, language_of        # a floor above; only the command line reads files
 
     paths = [path for path in config.input.split(",") if path]
     if not paths:
         raise UserError("--input is empty; give one or more files, comma-separated")
-    tokenizer = Tokenizer.train(itertools.chain.from_iterable(map(documents, paths)), config.vocab_size,
-                                config.processes or os.cpu_count(), progress=True)
+    texts = itertools.chain.from_iterable(map(documents, paths))
+    tokenizer = Tokenizer.train(texts, config.vocab_size, config.processes or os.cpu_count() or 1, progress=True)
     tokenizer.save(config.out_dir)
-    print(f"{config.out_dir}: {tokenizer.vocab_size} tokens, the longest of {max(map(len, tokenizer.token_bytes))} bytes")
-    print("language  characters  bytes/token  tokens/character  coverage (characters whole inside one token)")
-    lines = (line for path in paths for text in itertools.islice(documents(path), 1000) for line in text.splitlines())
-    for language, chars, size, rate, coverage in fit(tokenizer, filter(None, lines)):
+    print(f"{config.out_dir}: {tokenizer.vocab_size} tokens of up to {max(map(len, tokenizer.token_bytes))} bytes")
+    print("Lines of the first 500 documents of each file; coverage: characters that lie whole in one token.")
+    print("language  characters  bytes/token  tokens/character  coverage")
+    texts = (text for path in paths for text in itertools.islice(documents(path), 500))
+    lines = (line for text in texts for line in text.splitlines() if line)
+    for language, chars, size, rate, coverage in fit(tokenizer, lines, language_of):
         print(f"{language:8}{chars:12,}{size:13.2f}{rate:18.3f}{coverage:10.2%}")
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from batches import draws
 from checkpoint import write_file
-from cli import UserError, need, option
+from cli import UserError, about, need, option
 
 SCHEDULES = ("cosine", "linear", "polynomial", "wsd", "constant")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,16 +74,18 @@ class TrainingConfig:
 
 def check(config, ranks):
     """Refuse impossible numbers before anything is built; returns the micro-batch size."""
-    for name in ("max_steps", "batch_size", "log_every", "eval_every", "save_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} {getattr(config, name)} must be at least 1")
-    for name in ("micro_batch_size", "batch_size_start", "ramp_tokens", "warmup_steps", "max_grad_norm", "keep_every"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name} {getattr(config, name)} must not be negative")
+    at_least(1, config, "max_steps", "batch_size", "log_every", "eval_every", "save_every")
+    at_least(0, config, "micro_batch_size", "batch_size_start", "ramp_tokens", "warmup_steps", "max_grad_norm",
+             "keep_every", "max_seconds", "threads", "decay_power")
     if config.schedule not in SCHEDULES:
         raise UserError(f"schedule {config.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
     if not 0 <= config.min_lr <= 1:
         raise UserError(f"min_lr {config.min_lr} is a share of learning_rate; give 0 to 1")
+    if not 0 <= config.decay_fraction <= 1:
+        raise UserError(f"decay_fraction {config.decay_fraction} is a share of the steps; give 0 to 1")
+    if bool(config.batch_size_start) != bool(config.ramp_tokens):
+        raise UserError(f"batch_size_start {config.batch_size_start} and ramp_tokens {config.ramp_tokens} make a ramp "
+                        "only together; give both or neither")
     smallest = config.batch_size_start or config.batch_size
     if config.batch_size % ranks.world_size or smallest % ranks.world_size:
         raise UserError(f"batch_size {smallest} is not a multiple of the {ranks.world_size} ranks")
@@ -93,7 +95,18 @@ def check(config, ranks):
             raise UserError(f"batch_size {size} is not a multiple of micro_batch_size {micro} x {ranks.world_size} ranks")
     if config.batch_size % smallest:
         raise UserError(f"batch_size {config.batch_size} is not a multiple of batch_size_start {smallest}")
+    if config.tensorboard:
+        need("torch.utils.tensorboard", "tensorboard")
+    if config.wandb:
+        need("wandb", "wandb")
     return micro
+
+
+def at_least(low, config, *names):
+    """Refuse those options of a config that are below `low`, 0 or 1, or not a number."""
+    for name in names:
+        if not getattr(config, name) >= low:
+            raise UserError(f"{name} {getattr(config, name)} must {f'be at least {low}' if low else 'not be negative'}")
 
 
 # ---- ranks, device, precision
@@ -135,7 +148,7 @@ def start_ranks(config):
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = pick_device(config.device, local_rank)
-    if config.threads:
+    if config.threads > 0:                                              # check() refuses the rest
         torch.set_num_threads(config.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # cuBLAS is deterministic only with it
     if config.compile:
@@ -422,8 +435,9 @@ class MetricLog:
         if not self.ranks.is_main:
             return
         plain = {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in metrics.items()}
-        self.file.write(json.dumps({"step": step, "time": round(time.time(), 2), **plain}) + "\n")
-        self.file.flush()
+        with about(self.file.name):
+            self.file.write(json.dumps({"step": step, "time": round(time.time(), 2), **plain}) + "\n")
+            self.file.flush()
         numbers = {k: v for k, v in plain.items() if isinstance(v, (int, float))}
         if self.board:
             for name, value in numbers.items():

@@ -118,20 +118,24 @@ def write_documents(writer, tokenizer, sources, config):
     counts = {}
     n_bytes = sum(os.path.getsize(s.path) for s in sources) * (2 if config.val_tail else 1)
     with tqdm(total=n_bytes, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
-        for batch in batched(split_documents(sources, config, bar.update), BATCH_CHARS):
-            copies = [n_copies(d, config.seed) if split == "train" else 1 for split, d in batch]
-            encoded = tokenizer.encode_batch([d.text if n else "" for n, (_, d) in zip(copies, batch)])
-            for round in range(max(copies)):                    # copies lie a batch apart, not side by side
-                for n, (split, document), ids in zip(copies, batch, encoded):
-                    if round < n:
-                        key, size = (document.source, document.language, split), len(document.text.encode())
-                        writer.add(split, document.language, ids, size)
-                        counts[key] = counts.get(key, 0) + np.array([1, size, len(ids)])
+        for split, document, ids in encoded_copies(tokenizer, sources, config, bar.update):
+            key, size = (document.source, document.language, split), len(document.text.encode())
+            writer.add(split, document.language, ids, size)
+            counts[key] = counts.get(key, 0) + np.array([1, size, len(ids)])
     table = {source: [] for source in sources}
     for (source, language, split), count in counts.items():
         names = dict(zip(("documents", "bytes", "tokens"), count.tolist()))
         table[source].append({"language": language, "split": split, **names})
     return table
+
+
+def encoded_copies(tokenizer, sources, config, on_read):
+    """Yield (split, Document, ids) as often as the document is to be written; copies lie a batch apart."""
+    for batch in batched(split_documents(sources, config, on_read), BATCH_CHARS):
+        copies = [n_copies(d, config.seed) if split == "train" else 1 for split, d in batch]
+        encoded = tokenizer.encode_batch([d.text if n else "" for n, (_, d) in zip(copies, batch)])
+        for round in range(max(copies)):
+            yield from ((split, d, ids) for n, (split, d), ids in zip(copies, batch, encoded) if round < n)
 
 
 def split_documents(sources, config, on_read):
@@ -277,13 +281,16 @@ def finished_directory(out_dir):
         raise UserError(f"--out_dir {out_dir} is there and not an empty directory; choose another")
     base = next(p for p in out_dir.parents if p.exists())       # parents are made last, too
     temporary = base / f".tmp-{out_dir.name}-{os.getpid()}"
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         if out_dir.exists():
             out_dir.rmdir()                                     # Windows renames onto nothing only
         os.replace(temporary, out_dir)
+    except OSError as error:                                    # say the name that was asked for
+        error.filename = str(error.filename or out_dir).replace(str(temporary), str(out_dir))
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -103,7 +103,7 @@ def first_bad_byte(path):
     """Say where a file stops being UTF-8."""
     decoder, offset, line = codecs.getincrementaldecoder("utf-8")(), 0, 1
     with open_bytes(path) as file:
-        while chunk := file.read(2**20):
+        while chunk := file.read1(2**20):                       # what there is before a torn end, too
             held = len(decoder.getstate()[0])                   # bytes of a character begun in the last chunk
             try:
                 line += decoder.decode(chunk).count("\n")

@@ -33,7 +33,7 @@ def build(kind=LanguageModel, seed=0, **changes):
     with torch.no_grad():
         for weight in built.parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(1 + 0.3 * noise if weight.ndim == 1 else 1.5 * noise / math.sqrt(weight.shape[1]))
+            weight.copy_(1 + 0.3 * noise if weight.ndim == 1 else noise / math.sqrt(weight.shape[1]))
     return built
 
 

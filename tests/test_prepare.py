@@ -199,11 +199,12 @@ def test_shards_hold_their_checksum_and_dtype(tmp_path):
 
 def test_split_does_not_move_when_files_are_added(tmp_path):
     a, b = txt(tmp_path / "a.txt", english(400, 1)), txt(tmp_path / "b.txt", english(300, 2) + chinese(100))
-    for name, input in ("one", a), ("both", f"{b},{a}:0.5"), ("other seed", a):
-        prepare(input, TOKENIZER, tmp_path / name, seed=int(name == "other seed"))
-    one, both, other = ({t for t, _ in written(tmp_path / n, "val")} for n in ("one", "both", "other seed"))
-    assert both & set(english(400, 1)) == one and len(one) > 8
-    assert other != one
+    moved = txt(tmp_path / "moved.txt", english(400, 1)[::-1])
+    for name, input in ("one", a), ("both", f"{b},{a}:0.5"), ("moved", moved), ("seed", a):
+        prepare(input, TOKENIZER, tmp_path / name, seed=int(name == "seed"))
+    val = {name: {t for t, _ in written(tmp_path / name, "val")} for name in ("one", "both", "moved", "seed")}
+    assert val["both"] & set(english(400, 1)) == val["one"] == val["moved"] and len(val["one"]) > 8
+    assert val["seed"] != val["one"]
 
 
 def test_tiny_inputs_have_validation_of_each_language(tmp_path):
@@ -292,7 +293,9 @@ def make_inputs(d):
     write(d / "half.txt", "小猫".encode()[:-1])
     write(d / "utf16.txt", "hello".encode("utf-16"))
     (d / "torn.txt.gz").write_bytes(gzip.compress("\n".join(english(5000)).encode())[:-100])
-    (d / "flipped.txt.gz").write_bytes(b"\x1f\x8b" + os.urandom(2000))
+    zipped = gzip.compress("\n".join(english(5000)).encode())
+    (d / "flipped.txt.gz").write_bytes(zipped[:10] + b"\xff" + zipped[11:])         # a kind of block that is not
+    (d / "sum.txt.gz").write_bytes(zipped[:-8] + b"12345678")
     write(d / "not.txt.gz", b"")
     (d / "plain.jsonl.gz").write_text('{"text": "x"}')
     write(d / "bad.jsonl", '{"text": "fine"}\n{"text": \n')
@@ -331,6 +334,7 @@ BAD_INPUT = [                                                   # input, options
     ("utf16.txt", {}, ["utf16.txt: byte 0"]),
     ("torn.txt.gz", {}, ["torn.txt.gz: damaged gzip"]),
     ("flipped.txt.gz", {}, ["flipped.txt.gz: damaged gzip"]),
+    ("sum.txt.gz", {}, ["sum.txt.gz: damaged gzip"]),
     ("plain.jsonl.gz", {}, ["plain.jsonl.gz: damaged gzip"]),
     ("bad.jsonl", {}, ["bad.jsonl:2: not a JSON record"]),
     ("list.jsonl", {}, ["list.jsonl:1: no text", "list"]),
