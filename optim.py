@@ -7,7 +7,10 @@ Adam with weight decay is not AdamW (Loshchilov & Hutter 2019). Adam adds weight
 by lr * weight_decay * w.
 """
 
+from contextlib import nullcontext
+
 import torch
+from torch.overrides import TorchFunctionMode
 
 from cli import UserError
 
@@ -81,8 +84,32 @@ def muon_with_adamw(model, weight_decay, adam):
     inside = {n for n, p in named if p.ndim == 2 and "model.layers." in n}    # under any wrapper's prefix
     blocks = split([(n, p) for n, p in named if n in inside], weight_decay)
     others = split([(n, p) for n, p in named if n not in inside], weight_decay)
-    muon = torch.optim.Muon(blocks, lr=adam["lr"], adjust_lr_fn="match_rms_adamw")
+    muon = Muon(blocks, lr=adam["lr"], adjust_lr_fn="match_rms_adamw")
     return Chain(muon, torch.optim.AdamW(others, **adam, fused=has_fused(model)))
+
+
+def computes_bf16(device):
+    """Whether the hardware multiplies in bf16; where it does not, bf16 is emulated, some 50 times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class KeepFloat32(TorchFunctionMode):
+    """Inside it, a tensor's .bfloat16() is its copy in fp32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        return function(*args, **(kwargs or {}))
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, whose iteration is written in bf16, with that iteration in fp32 where bf16 is slow."""
+
+    def step(self, closure=None):
+        with nullcontext() if computes_bf16(self.param_groups[0]["params"][0].device) else KeepFloat32():
+            return super().step(closure)
 
 
 class Chain(torch.optim.Optimizer):

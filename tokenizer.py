@@ -1,9 +1,9 @@
 """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): trained here by hand, applied by tiktoken.
 
-Text is split by Llama 3's pattern into words, and inside words the most frequent pair of tokens is merged, again
-and again. Ids: 0-255 the bytes in GPT-2's order, the merges as they were learnt, the four specials. The trainer's
-trick is to do many merges at once in numpy, with the same result: see `learn_merges`. Special tokens are never
-recognised in text; they come from `encode_chat` and from whoever packs documents.
+Text is split by Llama 3's pattern into words, and inside words the most frequent pair of tokens is merged,
+again and again. Ids: 0-255 the bytes in GPT-2's order, the merges as they were learnt, the four specials. The
+trainer's trick is to do many merges at once in numpy, with the same result: see `learn_merges`. Special
+tokens are never recognised in text; they come from `encode_chat` and from whoever packs documents.
 """
 
 import codecs
@@ -64,8 +64,9 @@ class Tokenizer:
     def train(cls, texts, vocab_size, processes=1, progress=False):
         """Learn a vocabulary from any iterable of str, read once and never held whole.
 
-        vocab_size counts bytes and specials too; it comes out smaller, with a warning, where no pair occurs twice
-        any more. processes: workers that count words, by spawn, so that a script needs its `__main__` guard.
+        vocab_size counts bytes and specials too; it comes out smaller, with a warning, where no pair occurs
+        twice any more. processes: workers that count words, by spawn, so that a script needs its `__main__`
+        guard.
         """
         smallest = len(BYTES) + len(SPECIALS)
         if vocab_size < smallest:
@@ -103,10 +104,11 @@ class Tokenizer:
         return StreamDecoder(self.encoding)
 
     def encode_chat(self, messages, add_generation_prompt=False):
-        """Ids and loss mask (1 = learn) of a conversation in ChatML: "<|im_start|>role\\ncontent<|im_end|>\\n".
+        """Ids and loss mask (1 = learn) of a conversation: "<|im_start|>role\\ncontent<|im_end|>\\n" a turn.
 
-        messages: [{"role": system | user | assistant, "content": str}, ...]. Content is stripped and encoded apart
-        from the frame. Learnt are the assistant's content and its <|im_end|>. The generation prompt opens a reply.
+        messages: [{"role": system | user | assistant, "content": str}, ...]. Content is stripped and encoded
+        apart from the frame. Learnt are the assistant's content and its <|im_end|>. The generation prompt
+        opens a reply.
         """
         ids, loss_mask = [], []
 
@@ -153,8 +155,8 @@ class Tokenizer:
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); copy or train it again")
         if (format, sha256) != (FORMAT, tokenizer.sha256):
-            raise UserError(f"{path} is damaged or of another kind: {format!r} with sha256 {sha256!r}, expected "
-                            f"{FORMAT!r} with {tokenizer.sha256!r}; copy or train it again")
+            raise UserError(f"{path} is damaged or of another kind: {format!r}, sha256 {sha256!r}, expected "
+                            f"{FORMAT!r}, {tokenizer.sha256!r}; copy or train it again")
         return tokenizer
 
 
@@ -236,7 +238,7 @@ def count_batch(texts):
 
 
 def forget_rare(words, limit):
-    """Keep a Counter within limit: drop words seen once, then twice ... (lossy counting, Manku & Motwani 2002)."""
+    """Keep a Counter within limit: drop words seen once, then twice (lossy counting, Manku 2002)."""
     for rare in itertools.count(1):
         if len(words) <= limit:
             return
@@ -250,11 +252,12 @@ def forget_rare(words, limit):
 def learn_merges(words, n_merges, progress=False):
     """The first n_merges merges of BPE as [(left id, right id)]; fewer when no pair occurs twice any more.
 
-    By definition one pair after the other, the most frequent first, is merged everywhere, ties going to the smaller
-    (left, right). Here the next few are merged together, which changes nothing as long as none of them, (c, d),
-    follows an (a, b) with c = b or d = a. Only then could merging (a, b) take occurrences from (c, d). And no pair
-    that arises overtakes (c, d): (x, ab) occurs no more often than (x, a), which comes later itself, and loses ties,
-    for its new id is the largest. (a, a) ends its batch all the same: out of "aaaa" it makes (aa, aa) at once.
+    By definition one pair after the other, the most frequent first, is merged everywhere, ties going to the
+    smaller (left, right). Here the next few are merged together, which changes nothing as long as none of
+    them, (c, d), follows an (a, b) with c = b or d = a. Only then could merging (a, b) take occurrences from
+    (c, d). And no pair that arises overtakes (c, d): (x, ab) occurs no more often than (x, a), which comes
+    later itself, and loses ties, for its new id is the largest. (a, a) ends its batch all the same: out of
+    "aaaa" it makes (aa, aa) at once.
     """
     corpus = Corpus(words, n_merges)
     with tqdm(total=n_merges, desc="merging", unit="merge", disable=None if progress else True) as bar:
@@ -265,10 +268,11 @@ def learn_merges(words, n_merges, progress=False):
 
 
 class Corpus:
-    """All distinct words in one flat array, the merges so far, and a heap of the frequent pairs with their places.
+    """All distinct words in one flat array, the merges so far, and a heap of frequent pairs with places.
 
-    ids[p] is the id of the token that starts at byte p, ~id at the last byte of a longer one, EDGE elsewhere in it
-    and between words. So the token after the one at p starts at p + length[ids[p]], the one before ends at p - 1.
+    ids[p] is the id of the token that starts at byte p, ~id at the last byte of a longer one, EDGE elsewhere
+    in it and between words. So the token after the one at p starts at p + length[ids[p]], the one before ends
+    at p - 1.
     """
 
     def __init__(self, words, n_merges):
@@ -286,11 +290,11 @@ class Corpus:
         self.counts = np.repeat(list(words.values()), word_sizes)       # how often the word at a place occurs
         self.length = np.ones(self.max_tokens, np.int64)                # bytes of each token
         self.merges = []
-        self.heap = []              # (-count, left, right, places) when pushed; later merges may take places away
-        self.floor = 2              # pairs with lower counts are not on the heap
+        self.heap = []          # (-count, left, right, places), all as when pushed: merges take places away
+        self.floor = 2          # pairs with lower counts are not on the heap
 
     def next_batch(self):
-        """Take the next pairs that can be merged together, as [(left, right, places)]; [] when none is left."""
+        """Take the next pairs that can be merged together: [(left, right, places)], [] when none is left."""
         batch, lefts, rights = [], set(), set()
         pair = self.pop()
         if pair is None:
@@ -320,7 +324,7 @@ class Corpus:
                 heapq.heappush(self.heap, pair)
 
     def merge(self, batch):
-        """Merge a batch of pairs everywhere, and put the frequent ones among the pairs that arise on the heap."""
+        """Merge a batch of pairs everywhere, and put the frequent ones of those that arise on the heap."""
         lefts, rights, places = map(list, zip(*batch))
         if lefts[-1] == rights[-1]:
             places[-1] = every_other(np.sort(places[-1]), self.length[lefts[-1]])
@@ -338,17 +342,17 @@ class Corpus:
 
         before, behind = self.ids[places - 1], self.ids[end]
         before = np.maximum(before, ~before).astype(np.int64)       # ~EDGE is the largest int32
-        has_left, has_right = before < first_new, behind >= 0       # two new ones in a row: left one sees both
+        has_left, has_right = before < first_new, behind >= 0       # two new in a row: seen by the left one
         before = before[has_left]
         self.push(np.concatenate([self.packed(before, new[has_left], places[has_left] - self.length[before]),
                                   self.packed(new[has_right], behind[has_right], places[has_right])]))
 
     def packed(self, left, right, places):
-        """Pair and place of each occurrence in one int64, which sorts several times faster than an argsort."""
+        """Pair and place of each occurrence in one int64, which sorts faster than an argsort."""
         return (left * self.max_tokens + right) << self.place_bits | places
 
     def push(self, packed, new_floor=False):
-        """Put those pairs on the heap that reach the floor; new_floor: first set it by the most frequent one."""
+        """Put those pairs on the heap that reach the floor; new_floor: set it by the top count first."""
         if not len(packed):
             return
         packed.sort()
@@ -422,9 +426,11 @@ def main(config):
     if not paths:
         raise UserError("--input is empty; give one or more files, comma-separated")
     texts = itertools.chain.from_iterable(map(documents, paths))
-    tokenizer = Tokenizer.train(texts, config.vocab_size, config.processes or os.cpu_count() or 1, progress=True)
+    processes = config.processes or os.cpu_count() or 1
+    tokenizer = Tokenizer.train(texts, config.vocab_size, processes, progress=True)
     tokenizer.save(config.out_dir)
-    print(f"{config.out_dir}: {tokenizer.vocab_size} tokens of up to {max(map(len, tokenizer.token_bytes))} bytes")
+    longest = max(map(len, tokenizer.token_bytes))
+    print(f"{config.out_dir}: {tokenizer.vocab_size} tokens of up to {longest} bytes")
     print("Lines of the first 500 documents of each file; coverage: characters that lie whole in one token.")
     print("language  characters  bytes/token  tokens/character  coverage")
     texts = (text for path in paths for text in itertools.islice(documents(path), 500))

@@ -181,12 +181,8 @@ def pick_device(name, local_rank=0):
 
 def pick_dtype(name, device):
     """The torch dtype of the forward pass; auto = bf16 where the hardware computes in it, else fp32."""
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device)[0] >= 8
-    else:
-        native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if name == "auto":
-        return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if computes_bf16(device) else torch.float32
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} is unknown; choose auto, {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -294,7 +294,7 @@ def make_inputs(d):
     write(d / "utf16.txt", "hello".encode("utf-16"))
     (d / "torn.txt.gz").write_bytes(gzip.compress("\n".join(english(5000)).encode())[:-100])
     zipped = gzip.compress("\n".join(english(5000)).encode())
-    (d / "flipped.txt.gz").write_bytes(zipped[:10] + b"\xff" + zipped[11:])         # a kind of block that is not
+    (d / "flipped.txt.gz").write_bytes(zipped[:10] + b"\xff" + zipped[11:])      # no such block
     (d / "sum.txt.gz").write_bytes(zipped[:-8] + b"12345678")
     write(d / "not.txt.gz", b"")
     (d / "plain.jsonl.gz").write_text('{"text": "x"}')
