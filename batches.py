@@ -298,7 +298,7 @@ def target_nats(model, ids, targets, doc_ids):
     device = next(model.parameters()).device
     logits = model(ids.to(device), doc_ids=doc_ids.to(device))
     rows = [F.cross_entropy(x.float(), y, reduction="none") for x, y in zip(logits, targets.to(device))]
-    return torch.stack(rows).double().cpu()
+    return torch.stack(rows).cpu().double()
 
 
 def scoring_pieces(shards, max_seq_len, max_documents):

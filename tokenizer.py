@@ -24,7 +24,7 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from cli import UserError, option, parse_config, run
+from cli import UserError, about, option, parse_config, run
 
 SPLIT_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -180,8 +180,9 @@ def write_text(path, text):
     """Write a file under a temporary name, then rename it, so that a half-written one never has its name."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
+        with about(path):
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -425,6 +426,8 @@ def main(config):
     paths = [path for path in config.input.split(",") if path]
     if not paths:
         raise UserError("--input is empty; give one or more files, comma-separated")
+    if config.processes < 0:
+        raise UserError(f"processes {config.processes} must be at least 1, or 0 for one a core")
     texts = itertools.chain.from_iterable(map(documents, paths))
     processes = config.processes or os.cpu_count() or 1
     tokenizer = Tokenizer.train(texts, config.vocab_size, processes, progress=True)

@@ -162,6 +162,10 @@ def start_ranks(config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield ranks
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error):               # gloo's words when another rank is gone
+            raise
+        raise UserError(f"rank {rank}: another rank ended; its own message says why")
     finally:
         if world_size > 1:
             dist.destroy_process_group()

@@ -56,15 +56,16 @@ def greedy_without_cache(model, prompt, n, stop_ids=()):
 
 
 @torch.no_grad()
-def sample_without_cache(model, prompt, n, seed, temperature, stop_ids=()):
+def sample_without_cache(model, prompt, n, seed, stop_ids=(), temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Inverse CDF in plain Python: walk up the probabilities until they exceed the draw."""
     row, numbers = list(prompt), uniforms(seed, n).tolist()
     for number in numbers:
-        probs = (model(torch.tensor([row]))[0, -1].double() / temperature).softmax(-1).tolist()
-        total, id = probs[0], 0
-        while total <= number and id < V - 1:
+        logits = model(torch.tensor([row]))[0, -1].tolist()
+        weights = [math.exp(x) for x in slow_filter(logits, temperature, top_k, top_p, min_p)]
+        total, id = weights[0], 0
+        while total <= number * sum(weights):
             id += 1
-            total += probs[id]
+            total += weights[id]
         row.append(id)
         if id in stop_ids:
             break
@@ -80,11 +81,14 @@ def test_greedy_is_the_argmax_of_full_forwards():
     assert len({tuple(row[-5:]) for row in got}) > 1, "all rows alike: the test would see nothing"
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1, "qk_norm": True}, {"tie_embeddings": True}])
-def test_sampling_is_the_plain_walk_up_the_probabilities(changes):
+@pytest.mark.parametrize("changes,options", [
+    ({}, dict()), ({"n_kv_heads": 1, "qk_norm": True}, dict(temperature=0.8)),
+    ({"tie_embeddings": True}, dict(temperature=2.0)), ({}, dict(top_k=3)), ({}, dict(top_p=0.6)),
+    ({}, dict(min_p=0.4)), ({}, dict(temperature=1.5, top_k=9, top_p=0.8, min_p=0.2))])
+def test_sampling_is_the_plain_walk_up_the_probabilities(changes, options):
     model, prompts, seeds = small_model(**changes), ragged(5), [3, 1, 4, 2 ** 40, 5]
-    got = generate(model, prompts, 15, temperature=0.8, stop_ids=[7, 9], seeds=seeds)
-    assert got == [sample_without_cache(model, prompt, 15, seed, 0.8, [7, 9])
+    got = generate(model, prompts, 15, stop_ids=[7, 9], seeds=seeds, **options)
+    assert got == [sample_without_cache(model, prompt, 15, seed, [7, 9], **options)
                    for prompt, seed in zip(prompts, seeds)]
 
 
@@ -126,7 +130,7 @@ def test_stop_ids_end_rows_and_the_stop_id_is_the_last():
 def test_dropping_ended_rows_changes_nothing(monkeypatch, share):
     """At once, by quarters, and never: the same ids; and the batch the model sees does shrink."""
     model, prompts, seeds = small_model(), ragged(12), list(range(12))
-    want = [sample_without_cache(model, p, 20, s, 1.0, (5, 17)) for p, s in zip(prompts, seeds)]
+    want = [sample_without_cache(model, p, 20, s, (5, 17)) for p, s in zip(prompts, seeds)]
     seen, forward = [], generate_module.next_logits
     monkeypatch.setattr(generate_module, "DROP_SHARE", share)
     monkeypatch.setattr(generate_module, "next_logits", lambda model, ids, *a: seen.append(len(ids)) or
@@ -186,7 +190,7 @@ def test_a_row_that_ended_at_the_context_s_end_does_not_stop_the_others(monkeypa
 
 
 def test_mode_and_gradients_are_the_caller_s(monkeypatch):
-    """Dropout and gradients are off in sampling; between the steps the model is as it was, and gradients flow."""
+    """Dropout and gradients are off in sampling; between its steps the model is as it was, gradients flow."""
     def draw_without_graph(logits, uniform):
         assert not logits.requires_grad
         return draw(logits, uniform)

@@ -1,6 +1,7 @@
 """Files to documents to shards: every kind of file, the split, weights, memory, bad input."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import pytest
 
 from batches import Shards
 from cli import UserError
-from data.prepare import STAND_IN, n_copies, parse_sources, prepare, split_by_hash, summary, Document, Source
+from data.prepare import STAND_IN, Document, Source, n_copies, parse_sources, prepare, split_by_hash, summary
 from data.read import LOOK_AHEAD, documents, language_of
 from tokenizer import Tokenizer
 
@@ -186,7 +187,6 @@ def test_round_trip(tmp_path):
 
 
 def test_shards_hold_their_checksum_and_dtype(tmp_path):
-    import hashlib
     large = Tokenizer([(i // 256, i % 256) for i in range(65_536)])
     for tokenizer, dtype in (TOKENIZER, "uint16"), (large, "uint32"):
         out = tmp_path / dtype
