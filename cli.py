@@ -94,6 +94,8 @@ def stored_config(out_dir, cls):
 
 def run(main):
     """Call main(); a mistake of the user ends in one line on stderr and exit status 2, ours in a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")            # a Windows pipe would not take Chinese
     try:
         main()
     except UserError as error:

@@ -170,7 +170,6 @@ def steps(model, prompts, rooms, sampling, stop_ids, seeds):
             rows, kept = [rows[i] for i in kept], torch.tensor(kept, device=weight.device)
             ids, seen, uniform = ids[kept], seen[kept], uniform[:, kept.to(uniform.device)]
             cache.keep(kept)
-            cache.longest = int(cache.lengths.max())    # less where a row that reached the end is gone
         n_real = torch.ones_like(ids[:, 0])
 
 

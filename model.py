@@ -106,12 +106,13 @@ class KVCache:
     def advance(self, n):
         """Count n more real tokens: an int, or (B,) where rows differ."""
         self.lengths = self.lengths + n
-        self.longest += n if isinstance(n, int) else int(n.max())
+        self.longest = self.longest + n if isinstance(n, int) else int(self.lengths.max())
 
     def keep(self, rows):
         """Drop all rows but these, (b,) indices."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.lengths = self.lengths[rows]
+        self.longest = int(self.lengths.max())
 
 
 class Attention(nn.Module):
