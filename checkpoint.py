@@ -230,7 +230,7 @@ def load_model(path, device="cpu"):
 def load_weights(model, state, path):
     """Put a state dict into a model; a name or shape that does not fit is named."""
     own = model.state_dict()
-    for name in own.keys() | state.keys():
+    for name in sorted(own.keys() | state.keys()):
         here, there = (tuple(s[name].shape) if name in s else "absent" for s in (own, state))
         if here != there:
             raise UserError(f"checkpoint {path}: {name} is {there} there but {here} in this model; "

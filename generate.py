@@ -219,7 +219,7 @@ def main(config):
     model, tokenizer, _ = load_model(config.model, pick_device(config.device))
     if not isinstance(model, LanguageModel):
         raise UserError(f"model {config.model} gives scores, not text; use one of pretrain, sft or ppo")
-    text = read_stdin() if config.prompt == "-" else config.prompt
+    text = read_prompt(config.prompt)
     prompts = [[tokenizer.eot_id, *tokenizer.encode(text)]] * config.samples
     stop_ids = (tokenizer.eot_id, tokenizer.im_end_id)
     seeds = draws(config.seed, "samples", 0, config.samples).tolist()
@@ -241,12 +241,17 @@ def print_stream(text, steps, tokenizer, stop_ids):
     print(decoder.finish(), flush=True)
 
 
-def read_stdin():
-    """All of stdin as UTF-8, without its last line break."""
+def read_prompt(prompt):
+    """The text of --prompt; where that is "-", all of stdin without its last line break."""
     try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+        if prompt == "-":
+            return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+        prompt.encode()                                                 # the shell passes on any bytes
+        return prompt
     except UnicodeDecodeError as error:
         raise UserError(f"stdin: byte {error.start} is not UTF-8; convert the prompt to UTF-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt {prompt!r}: character {error.start} is not UTF-8; convert the prompt to UTF-8")
 
 
 if __name__ == "__main__":

@@ -41,18 +41,18 @@ class ModelConfig:
     init: str = option("normal", "weights at the start: normal (sd 0.02), xavier or he")
 
     def __post_init__(self):
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
         if not self.head_dim:
             if self.d_model % self.n_heads:
                 raise UserError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}; "
                                 "change one or give --head_dim")
             self.head_dim = self.d_model // self.n_heads
-        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs, so make it even")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} must be even and at least 2: rotary positions turn pairs")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} is not in [0, 1)")
         if self.init not in INITS:
@@ -280,7 +280,8 @@ def init_weights(model, config):
     embedding, tied or not             N(0, 0.02)            (Radford et al. 2019)
     matrices, (fan_out, fan_in)        normal N(0, 0.02); xavier N(0, sqrt(2 / (fan_in + fan_out))) (Glorot & Bengio
                                        2010, eq. 16); he N(0, sqrt(2 / fan_in)) (He et al. 2015, eq. 10)
-    o_proj and down_proj               the same / sqrt(2 L): 2 L of them add up in the stream (Radford et al. 2019)
+    o_proj and down_proj               the same / sqrt(2 L): 2 L of them add up in the stream (Radford et al. 2019);
+                                       xavier and he make branches of size 1, so also * 0.02, the embedding's size
     score                              N(0, 1 / sqrt(D + 1)) (Stiennon et al. 2020)
     norms                              1
     """
@@ -295,7 +296,7 @@ def init_weights(model, config):
         elif name == "score.weight":
             sd = 1 / math.sqrt(config.d_model + 1)
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
-            sd /= math.sqrt(2 * config.n_layers)
+            sd *= (1 if config.init == "normal" else 0.02) / math.sqrt(2 * config.n_layers)
         weight.normal_(0.0, sd)
 
 
@@ -340,12 +341,15 @@ def training_memory(config, micro_batch_size, seq_len, state_bytes=8, activation
     """Bytes one rank needs in training, by part.
 
     state_bytes: of the optimiser a parameter (8 = two fp32 moments); activation_bytes: 2 under autocast. Activations
-    are what autograd keeps for backward: per token and block about 8 D + 3 F + 3 H K + 3 G K numbers; the loss holds
-    its logits in the working type, in fp32, and their gradient.
+    are what autograd keeps for backward. In fp32 always: the stream, its norms' insides and outputs, 6 D a token and
+    block, and 2 (H + G) K for qk_norm; in the working type 4 F + 3 H K + 2 G K, and the cast matrices once; of the
+    logits three fp32 copies: log-softmax and the gradients of its output and input.
     """
     n, tokens = count_params(config)["all"], micro_batch_size * seq_len
     H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
-    block = 8 * config.d_model + 3 * config.d_ff + 3 * H * K + 3 * G * K
+    block = (24 * config.d_model + (8 * (H + G) * K if config.qk_norm else 0)
+             + activation_bytes * (4 * config.d_ff + 3 * H * K + 2 * G * K))
+    cast = activation_bytes * count_params(config)["matrices"] if activation_bytes < 4 else 0
     logits = min(tokens * config.vocab_size, MAX_LOGITS)
     return {"weights": 4 * n, "gradients": 4 * n, "optimizer": state_bytes * n,
-            "activations": tokens * config.n_layers * block * activation_bytes + logits * (8 + activation_bytes)}
+            "activations": tokens * config.n_layers * block + cast + 12 * logits}

@@ -36,10 +36,10 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]   # GPT-2 show
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]   # id -> byte
 MAX_SPACES = 500_000            # tiktoken's regex engine gives up on a million white spaces in a row
 BATCH_CHARS = 1_000_000         # characters that a counting worker gets at once
-MAX_WORDS = 5_000_000           # distinct words held before rare ones are forgotten; about 4 GB in all
+MAX_WORDS = 5_000_000           # distinct words held before rare ones are forgotten; about 5 GB in all
 STRETCH = 1 << 20               # bytes of the corpus looked through at once
 FLOOR_DIVISOR = 16              # how far below the top the heap reaches before all pairs are counted again
-EDGE = np.iinfo(np.int32).min   # between words and inside tokens
+EDGE = np.iinfo(np.int32).min   # stands between words, where other places hold ids
 
 
 class Tokenizer:
@@ -271,9 +271,9 @@ def learn_merges(words, n_merges, progress=False):
 class Corpus:
     """All distinct words in one flat array, the merges so far, and a heap of frequent pairs with places.
 
-    ids[p] is the id of the token that starts at byte p, ~id at the last byte of a longer one, EDGE elsewhere
-    in it and between words. So the token after the one at p starts at p + length[ids[p]], the one before ends
-    at p - 1.
+    ids[p] is the id of the token that starts at byte p and ~id at the last byte of a longer one; the rest of
+    its bytes are negative, and EDGE stands between words. So the token after the one at p starts at
+    p + length[ids[p]], and the one before it ends at p - 1.
     """
 
     def __init__(self, words, n_merges):
@@ -337,7 +337,7 @@ class Corpus:
         sizes = [len(p) for p in places]
         places, new = np.concatenate(places), np.repeat(new_ids, sizes)
         seam, end = places + np.repeat(self.length[lefts], sizes), places + self.length[new]
-        self.ids[seam - 1] = self.ids[seam] = EDGE
+        self.ids[seam] = EDGE
         self.ids[end - 1] = ~new
         self.ids[places] = new
 

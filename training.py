@@ -23,6 +23,7 @@ from tqdm import tqdm
 from batches import draws
 from checkpoint import write_file
 from cli import UserError, about, need, option
+from optim import computes_bf16
 
 SCHEDULES = ("cosine", "linear", "polynomial", "wsd", "constant")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -136,7 +136,9 @@ def test_early_stop_warns_and_leaves_no_gap():
     with pytest.warns(UserWarning, match="vocab_size is 264 instead of 1000"):
         tokenizer = Tokenizer.train(["abcde abcde"], 1000)
     assert tokenizer.vocab_size == len(tokenizer.token_bytes) == 264
-    assert [tokenizer.decode([i]) for i in range(260, 264)] == list(SPECIALS)
+    names = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+    assert [tokenizer.decode([i]) for i in range(260, 264)] == names == list(SPECIALS)
+    assert [tokenizer.eot_id, tokenizer.pad_id, tokenizer.im_start_id, tokenizer.im_end_id] == [260, 261, 262, 263]
 
 
 # --- Hugging Face ---
@@ -234,7 +236,7 @@ def test_a_lone_surrogate_neither_stops_training_nor_encoding():
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
 
 
-@pytest.mark.parametrize("text", [" " * 1_200_000, "a" + "\n \t" * 400_000 + "b", "x" * 600_000])
+@pytest.mark.parametrize("text", [" " * 1_200_000, "a" + "\t\u3000 " * 400_000 + "b", "x" * 600_000])
 def test_a_million_spaces_do_not_stop_encoding(text, mixed):
     """tiktoken alone panics on the first."""
     ids = mixed.encode(text)

@@ -1,0 +1,286 @@
+"""The house as DESIGN.md plans it: imports go downhill, every option says what it is, and README.md says what is true."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import re
+import runpy
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+import pretrain
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py")])
+FLOORS = [                      # a module imports from lower floors only; one not named here stands on top
+    ["cli"],
+    ["model", "tokenizer", "metrics", "optim"],
+    ["batches", "checkpoint"],
+    ["training"],
+    ["data", "data.read", "data.clean", "data.dedup", "data.filters", "data.download", "data.world"],
+    ["data.prepare", "data.instructions", "data.gold", "generate"],
+]
+UPHILL = {("tokenizer", "data.read"): "main"}       # its command line reads files; for whoever imports it, it does not
+EXTRAS = ["matplotlib", "fastapi", "uvicorn", "tensorboard", "wandb", "safetensors", "onnx", "transformers",
+          "tokenizers", "tiktoken_ext", "tests", "pytest"]
+LARGEST = 1_000_000             # bytes of a tracked file
+OWN_MACHINE = re.compile(r"/(?:work|root|home|Users)/\w")
+LONG = 5                        # lines; a public function of more says what it does
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = [module_of(path) for path in SCRIPTS]
+
+
+def tracked():
+    """Paths of all files under version control."""
+    done = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+# ---- imports
+
+def floor(module):
+    return next((i for i, names in enumerate(FLOORS) if module in names), len(FLOORS))
+
+
+def imports(source):
+    """Yield (what a source imports, the function it does so in or "")."""
+    def walk(node, function):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, function) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                module = "." * child.level + (child.module or "")
+                yield from ((module if module != "data" else f"data.{a.name}", function) for a in child.names)
+            yield from walk(child, child.name if isinstance(child, ast.FunctionDef) else function)
+    return list(walk(ast.parse(source), ""))
+
+
+def uphill(module, source, modules):
+    """Imports of one of `modules` that do not go downhill, and those of tests."""
+    return [name for name, function in imports(source)
+            if name.startswith(("tests", "conftest", "pytest", "."))
+            or name in modules and floor(name) >= floor(module) and UPHILL.get((module, name)) != (function or None)]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=MODULES)
+def test_imports_go_downhill(path):
+    assert uphill(module_of(path), path.read_text(encoding="utf-8"), MODULES) == []
+
+
+@pytest.mark.parametrize("module, source", [
+    ("cli", "import model"), ("model", "import training"), ("model", "from optim import LAMB"),
+    ("batches", "from checkpoint import write"), ("training", "def f():\n    from generate import stream"),
+    ("data.read", "from data import prepare"), ("data.read", "import data.prepare"), ("pretrain", "import sft"),
+    ("sft", "from pretrain import train"), ("generate", "import pretrain"), ("tokenizer", "from data.read import lines"),
+    ("tokenizer", "def train():\n    import data.read"), ("dpo", "from tests.ranks import run"), ("data.gold", "from . import world"),
+])
+def test_uphill_is_seen(module, source):
+    assert len(uphill(module, source, [*MODULES, "sft"])) == 1
+
+
+def test_downhill_is_let_through():
+    assert not uphill("dpo", "import json, torch\nfrom generate import stream\nfrom training import check", MODULES)
+    assert not uphill("tokenizer", "def main(config):\n    from data.read import documents", MODULES)
+
+
+def test_importing_runs_nothing_and_prints_nothing(tmp_path):
+    """All files in one process: no output, no files, no optional package."""
+    program = f"import sys\nfor name in {MODULES}: __import__(name)\nprint(sorted(set({EXTRAS}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-B", "-c", program], cwd=tmp_path, capture_output=True, text=True,
+                          env={**__import__("os").environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- options
+
+CONFIGS = {f"{name}.{cls.__name__}": cls for name in MODULES for cls in vars(importlib.import_module(name)).values()
+           if dataclasses.is_dataclass(cls) and cls.__module__ == name
+           and (cls.__name__.endswith("Config") or any("help" in f.metadata for f in dataclasses.fields(cls)))}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_option_has_a_help_text(name):
+    """And every configuration a docstring, which `--help` shows."""
+    assert [f.name for f in dataclasses.fields(CONFIGS[name]) if len(f.metadata.get("help", "").strip()) < 4] == []
+    assert CONFIGS[name].__doc__ and not CONFIGS[name].__doc__.startswith(f"{CONFIGS[name].__name__}(")
+
+
+def commands_of(script, flags, monkeypatch):
+    """The configuration that a script's __main__ block makes of these flags."""
+    started = []
+    monkeypatch.setattr(cli, "run", started.append)
+    monkeypatch.setattr(sys, "argv", [str(script), *flags])
+    runpy.run_path(str(script), run_name="__main__")
+    (start,) = started
+    start.__globals__["main"] = lambda config: config
+    return start()
+
+
+@pytest.mark.parametrize("path", [p for p in SCRIPTS if "__main__" in p.read_text(encoding="utf-8")], ids=module_of)
+def test_help_lists_every_option(path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        commands_of(path, ["--help"], monkeypatch)
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert [f.name for cls in CONFIGS.values() if cls.__module__ == module_of(path) and cls.__name__.endswith("Config")
+            for f in dataclasses.fields(cls) if f"--{f.name}" not in shown] == []
+
+
+# ---- README.md
+
+def readme():
+    path = ROOT / "README.md"
+    if not path.is_file():
+        pytest.skip("no README.md yet")
+    return path.read_text(encoding="utf-8")
+
+
+def commands(text):
+    """The words of every python, torchrun and make command in the fenced blocks of a text."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        line = re.sub(r"^\s*(\$ )?(\w+=\S* )*", "", line)
+        if re.match(r"(\S*/)?(python3?|torchrun|make)\s", line):
+            yield from split_at_operators(shlex.split(line, comments=True))
+
+
+def split_at_operators(words):
+    command = []
+    for word in words:
+        if word in ("|", "&&", ";", ">", "2>&1", "&"):
+            break
+        command.append(word)
+    return [command]
+
+
+def wrong(command, monkeypatch):
+    """What is wrong with a command, or ""."""
+    name, *words = command
+    if name == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        known = set(re.findall(r"^([\w-]+) *(?:\?=|:=|:)", makefile, flags=re.M))
+        return " ".join(word for word in words if word.split("=")[0] not in known)
+    if words[0] == "-m" and name != "torchrun":
+        module, flags = words[1], words[2:]
+        script = ROOT / (module.replace(".", "/") + ".py")
+        if module in ("pytest", "pip", "venv"):
+            return ""
+    else:
+        at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if at is None or (at and name != "torchrun"):
+            return "no script"
+        script, flags = ROOT / words[at], words[at + 1:]
+    if not script.is_file():
+        return f"no file {script.name}"
+    try:
+        commands_of(script, flags, monkeypatch)
+    except SystemExit as ended:
+        return "" if ended.code == 0 else str(ended)                   # --help
+    except cli.UserError as error:
+        return "" if str(error).startswith("--resume: no checkpoint") else str(error)
+    return ""
+
+
+def test_commands_in_the_readme_are_ones(monkeypatch, tmp_path):
+    found = list(commands(readme()))
+    if not found:
+        pytest.skip("no commands in README.md yet")
+    monkeypatch.chdir(tmp_path)
+    assert {" ".join(command): text for command in found if (text := wrong(command, monkeypatch))} == {}
+
+
+@pytest.mark.parametrize("line", [
+    "python pretrain.py --confg tiny", "python pretrain.py --config huge", "$ make dmo", "SIZE=smoke make demo SISE=tiny",
+    "torchrun --nproc_per_node=2 pretrain.py --max_steps=ten", "python -m data.prepar --input x", "python nothing.py",
+    "python generate.py --model out \\\n    --prompt a --tempo 3", "python tokenizer.py --input a b  # two words"])
+def test_a_wrong_command_is_seen(line, monkeypatch):
+    (command,) = commands(f"text\n```sh\n{line}\n```\nmore")
+    assert wrong(command, monkeypatch)
+
+
+def table_of_metrics(text):
+    """Names in the first column of the tables whose first heading is "metric"."""
+    names, inside = set(), False
+    for line in text.splitlines():
+        first = line.strip("| ").split("|")[0]
+        inside = line.startswith("|") and (inside or first.strip() == "metric")
+        names.update(re.findall(r"`(\w+)`", first) if inside else [])
+    return names
+
+
+def test_every_metric_of_pretraining_is_in_the_readme(tmp_path):
+    explained = table_of_metrics(readme())
+    if not explained:
+        pytest.skip("no table of metrics in README.md yet")
+    sizes = dict(max_steps=2, eval_every=1, samples=0, d_model=16, n_heads=2, n_kv_heads=1, d_ff=16, n_layers=1)
+    pretrain.main(pretrain.PretrainConfig(**pretrain.PRESETS["smoke"] | sizes, out_dir=str(tmp_path), smoke=True))
+    torch.set_deterministic_debug_mode("default")                       # what a run sets for its process
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    written = {name for line in lines for name in json.loads(line)} - {"step", "time"}
+    assert {"loss", "val_loss", "bits_per_byte_zh"} <= written
+    assert written - explained == set()
+
+
+def test_names_of_metrics_are_read_off_a_table():
+    text = "| preset |\n|---|\n| `tiny` |\n\n| metric | x |\n|---|---|\n| `loss` | `y` |\n| `a`, `b` | |\n\n| `c` |"
+    assert table_of_metrics(text) == {"loss", "a", "b"}
+
+
+# ---- files
+
+def test_tracked_files_are_small_and_from_no_machine():
+    large = [str(path) for path in tracked() if path.stat().st_size > LARGEST]
+    assert large == []
+    found = [f"{path.relative_to(ROOT)}: {match.group()}" for path in tracked()
+             if (match := OWN_MACHINE.search(path.read_bytes().decode("utf-8", "replace")))]
+    assert found == []
+
+
+def functions(source):
+    """Functions and methods of a module, those inside functions apart."""
+    for node in ast.parse(source).body:
+        for child in [node, *(node.body if isinstance(node, ast.ClassDef) else [])]:
+            if isinstance(child, ast.FunctionDef):
+                yield child
+
+
+def undocumented(source):
+    """Names of public functions of more than LONG lines without a docstring; `main` is what the module's docstring says."""
+    return [f.name for f in functions(source) if not ast.get_docstring(f) and not f.name.startswith("_")
+            and f.end_lineno - f.lineno + 1 > LONG and f.name not in ("main", "forward")]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=MODULES)
+def test_files_and_their_long_functions_say_what_they_do(path):
+    source = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(source))
+    assert undocumented(source) == []
+
+
+def test_sizes():
+    """Printed with pytest -s, and not held: a file of 500 lines wants a second look."""
+    print(f"\n{'file':22}{'lines':>6}{'functions':>11}{'median':>8}{'longest':>9}")
+    for path in [*SCRIPTS, *sorted(ROOT.glob("tests/*.py"))]:
+        source = path.read_text(encoding="utf-8")
+        lengths = sorted((f.end_lineno - f.lineno + 1, f.name) for f in functions(source)) or [(0, "")]
+        print(f"{str(path.relative_to(ROOT)):22}{source.count(chr(10)):6}{len(lengths):11}"
+              f"{statistics.median(n for n, _ in lengths):8.0f}{lengths[-1][0]:9} {lengths[-1][1]}")
