@@ -40,6 +40,7 @@ class Parser(argparse.ArgumentParser):
     """argparse that answers a wrong flag with one line instead of a page of usage."""
 
     def error(self, message):
+        """Raise what argparse finds wrong, as it is told by `run`."""
         if message.startswith("unrecognized arguments:"):
             flag = message.split(": ", 1)[1].split()[0].split("=")[0]
             flags = list(self._option_string_actions)

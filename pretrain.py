@@ -149,7 +149,9 @@ def preflight(config, ranks, forward, batch, micro_batch_size, data, sizes):
 
     Peak and MFU are over all ranks.
     """
-    params, need = count_params(config), training_memory(config, micro_batch_size, config.max_seq_len)
+    params, need = count_params(config), training_memory(
+        config, micro_batch_size, config.max_seq_len, 4 if config.optimizer in ("muon", "lars") else 8,
+        4 if ranks.dtype == torch.float32 else 2)
     free, total = free_memory(ranks.device), sum(need.values())
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in need.items())
     ranks.say(f"model: {params['all']:,} parameters ({params['embedding']:,} embedding), {config.n_layers} layers, "

@@ -401,6 +401,7 @@ class MetricLog:
             self.open()
 
     def open(self):
+        """Open what is to be written, on rank 0."""
         config, out_dir = self.config, Path(self.config.out_dir)
         path = out_dir / "log.jsonl"
         if path.exists():
@@ -447,6 +448,7 @@ class MetricLog:
             self.wandb.log(numbers, step=step)
 
     def close(self):
+        """Close what open() opened."""
         for thing in (self.file, self.bar, self.board):
             if thing is not None:
                 thing.close()

@@ -4,20 +4,20 @@ import ast
 import dataclasses
 import importlib
 import json
+import os
 import re
 import runpy
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import cli
 import pretrain
+from test_errors import restore_process
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py")])
@@ -31,7 +31,7 @@ FLOORS = [                      # a module imports from lower floors only; one n
 ]
 UPHILL = {("tokenizer", "data.read"): "main"}       # its command line reads files; for whoever imports it, it does not
 EXTRAS = ["matplotlib", "fastapi", "uvicorn", "tensorboard", "wandb", "safetensors", "onnx", "transformers",
-          "tokenizers", "tiktoken_ext", "tests", "pytest"]
+          "tokenizers", "pytest"]
 LARGEST = 1_000_000             # bytes of a tracked file
 OWN_MACHINE = re.compile(r"/(?:work|root|home|Users)/\w")
 LONG = 5                        # lines; a public function of more says what it does
@@ -75,7 +75,7 @@ def uphill(module, source, modules):
     """Imports of one of `modules` that do not go downhill, and those of tests."""
     return [name for name, function in imports(source)
             if name.startswith(("tests", "conftest", "pytest", "."))
-            or name in modules and floor(name) >= floor(module) and UPHILL.get((module, name)) != (function or None)]
+            or name in modules and floor(name) >= floor(module) and UPHILL.get((module, name), "nowhere") != function]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=MODULES)
@@ -103,7 +103,7 @@ def test_importing_runs_nothing_and_prints_nothing(tmp_path):
     """All files in one process: no output, no files, no optional package."""
     program = f"import sys\nfor name in {MODULES}: __import__(name)\nprint(sorted(set({EXTRAS}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-B", "-c", program], cwd=tmp_path, capture_output=True, text=True,
-                          env={**__import__("os").environ, "PYTHONPATH": str(ROOT)})
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -122,7 +122,7 @@ def test_every_option_has_a_help_text(name):
     assert CONFIGS[name].__doc__ and not CONFIGS[name].__doc__.startswith(f"{CONFIGS[name].__name__}(")
 
 
-def commands_of(script, flags, monkeypatch):
+def config_of(script, flags, monkeypatch):
     """The configuration that a script's __main__ block makes of these flags."""
     started = []
     monkeypatch.setattr(cli, "run", started.append)
@@ -136,7 +136,7 @@ def commands_of(script, flags, monkeypatch):
 @pytest.mark.parametrize("path", [p for p in SCRIPTS if "__main__" in p.read_text(encoding="utf-8")], ids=module_of)
 def test_help_lists_every_option(path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
-        commands_of(path, ["--help"], monkeypatch)
+        config_of(path, ["--help"], monkeypatch)
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     assert [f.name for cls in CONFIGS.values() if cls.__module__ == module_of(path) and cls.__name__.endswith("Config")
@@ -153,21 +153,19 @@ def readme():
 
 
 def commands(text):
-    """The words of every python, torchrun and make command in the fenced blocks of a text."""
+    """Yield the words of every python, torchrun and make command in the fenced blocks of a text."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        line = re.sub(r"^\s*(\$ )?(\w+=\S* )*", "", line)
-        if re.match(r"(\S*/)?(python3?|torchrun|make)\s", line):
-            yield from split_at_operators(shlex.split(line, comments=True))
-
-
-def split_at_operators(words):
-    command = []
-    for word in words:
-        if word in ("|", "&&", ";", ">", "2>&1", "&"):
-            break
-        command.append(word)
-    return [command]
+        if not re.search(r"\b(python3?|torchrun|make) ", line):
+            continue
+        words = shlex.split(line, comments=True)
+        ends = [i for i, word in enumerate(words) if word in ("|", "&&", ";", "&", ">", "2>&1")] + [len(words)]
+        for start, end in zip([0] + [i + 1 for i in ends], ends):
+            command = words[start:end]
+            while command and re.fullmatch(r"\$|\w+=.*", command[0]):     # a prompt, or a variable for the command
+                command.pop(0)
+            if len(command) > 1 and Path(command[0]).name in ("python", "python3", "torchrun", "make"):
+                yield [Path(command[0]).name, *command[1:]]
 
 
 def wrong(command, monkeypatch):
@@ -176,7 +174,7 @@ def wrong(command, monkeypatch):
     if name == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         known = set(re.findall(r"^([\w-]+) *(?:\?=|:=|:)", makefile, flags=re.M))
-        return " ".join(word for word in words if word.split("=")[0] not in known)
+        return " ".join(word for word in words if word.split("=")[0] not in known and not word.startswith("-"))
     if words[0] == "-m" and name != "torchrun":
         module, flags = words[1], words[2:]
         script = ROOT / (module.replace(".", "/") + ".py")
@@ -190,7 +188,7 @@ def wrong(command, monkeypatch):
     if not script.is_file():
         return f"no file {script.name}"
     try:
-        commands_of(script, flags, monkeypatch)
+        config_of(script, flags, monkeypatch)
     except SystemExit as ended:
         return "" if ended.code == 0 else str(ended)                   # --help
     except cli.UserError as error:
@@ -209,7 +207,7 @@ def test_commands_in_the_readme_are_ones(monkeypatch, tmp_path):
 @pytest.mark.parametrize("line", [
     "python pretrain.py --confg tiny", "python pretrain.py --config huge", "$ make dmo", "SIZE=smoke make demo SISE=tiny",
     "torchrun --nproc_per_node=2 pretrain.py --max_steps=ten", "python -m data.prepar --input x", "python nothing.py",
-    "python generate.py --model out \\\n    --prompt a --tempo 3", "python tokenizer.py --input a b  # two words"])
+    "python generate.py --model out \\\n    --prompt a --tempo 3", "cd x && python pretrain.py --lr 3 > log", "python tokenizer.py --input a b  # two words"])
 def test_a_wrong_command_is_seen(line, monkeypatch):
     (command,) = commands(f"text\n```sh\n{line}\n```\nmore")
     assert wrong(command, monkeypatch)
@@ -231,9 +229,7 @@ def test_every_metric_of_pretraining_is_in_the_readme(tmp_path):
         pytest.skip("no table of metrics in README.md yet")
     sizes = dict(max_steps=2, eval_every=1, samples=0, d_model=16, n_heads=2, n_kv_heads=1, d_ff=16, n_layers=1)
     pretrain.main(pretrain.PretrainConfig(**pretrain.PRESETS["smoke"] | sizes, out_dir=str(tmp_path), smoke=True))
-    torch.set_deterministic_debug_mode("default")                       # what a run sets for its process
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    restore_process()
     lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
     written = {name for line in lines for name in json.loads(line)} - {"step", "time"}
     assert {"loss", "val_loss", "bits_per_byte_zh"} <= written

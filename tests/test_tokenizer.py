@@ -138,7 +138,8 @@ def test_early_stop_warns_and_leaves_no_gap():
     assert tokenizer.vocab_size == len(tokenizer.token_bytes) == 264
     names = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
     assert [tokenizer.decode([i]) for i in range(260, 264)] == names == list(SPECIALS)
-    assert [tokenizer.eot_id, tokenizer.pad_id, tokenizer.im_start_id, tokenizer.im_end_id] == [260, 261, 262, 263]
+    ids = [tokenizer.eot_id, tokenizer.pad_id, tokenizer.im_start_id, tokenizer.im_end_id]
+    assert ids == [260, 261, 262, 263]
 
 
 # --- Hugging Face ---
