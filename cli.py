@@ -15,6 +15,8 @@ from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import get_type_hints
 
+from tqdm import tqdm
+
 
 FULL = ("ENOSPC", "EFBIG", "EDQUOT")                       # the ways in which a disk has no room
 
@@ -34,6 +36,12 @@ def need(module, package):
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"{module} is not installed; pip install {package}")
+
+
+def progress_bar(**options):
+    """A tqdm bar; where stderr is no terminal, a line every half minute of long work."""
+    pause = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(**options, mininterval=pause, delay=0 if sys.stderr.isatty() else pause)
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from cli import UserError, option, parse_config, run
+from cli import UserError, option, parse_config, progress_bar, run
 from data.read import SEPARATOR, TEXT_KEYS, documents, language_of
 from tokenizer import Tokenizer
 
@@ -117,7 +116,7 @@ def write_documents(writer, tokenizer, sources, config):
     """Send all documents to the writer; returns {source: [{language, split, documents, bytes, tokens}]}."""
     counts = {}
     n_bytes = sum(os.path.getsize(s.path) for s in sources) * (2 if config.val_tail else 1)
-    with tqdm(total=n_bytes, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+    with progress_bar(total=n_bytes, desc="reading", unit="B", unit_scale=True) as bar:
         for split, document, ids in encoded_copies(tokenizer, sources, config, bar.update):
             key, size = (document.source, document.language, split), len(document.text.encode())
             writer.add(split, document.language, ids, size)
@@ -280,7 +279,8 @@ def finished_directory(out_dir):
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"--out_dir {out_dir} is there and not an empty directory; choose another")
     base = next(p for p in out_dir.parents if p.exists())       # parents are made last, too
-    temporary = base / f".tmp-{out_dir.name}-{os.getpid()}"
+    temporary = base / f".tmp-{out_dir.name}"
+    shutil.rmtree(temporary, ignore_errors=True)                # of a run that was killed
     try:
         temporary.mkdir()
         yield temporary

@@ -29,7 +29,8 @@ FLOORS = [                      # a module imports from lower floors only; one n
     ["data", "data.read", "data.clean", "data.dedup", "data.filters", "data.download", "data.world"],
     ["data.prepare", "data.instructions", "data.gold", "generate"],
 ]
-UPHILL = {("tokenizer", "data.read"): "main"}       # its command line reads files; for whoever imports it, it does not
+UPHILL = {("tokenizer",
+           "data.read"): "main"}       # its command line reads files; for whoever imports it, it does not
 EXTRAS = ["matplotlib", "fastapi", "uvicorn", "tensorboard", "wandb", "safetensors", "onnx", "transformers",
           "tokenizers", "pytest"]
 LARGEST = 1_000_000             # bytes of a tracked file
@@ -75,7 +76,8 @@ def uphill(module, source, modules):
     """Imports of one of `modules` that do not go downhill, and those of tests."""
     return [name for name, function in imports(source)
             if name.startswith(("tests", "conftest", "pytest", "."))
-            or name in modules and floor(name) >= floor(module) and UPHILL.get((module, name), "nowhere") != function]
+            or name in modules and floor(name) >= floor(module) and UPHILL.get((module, name),
+                                                                               "nowhere") != function]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=MODULES)
@@ -86,16 +88,20 @@ def test_imports_go_downhill(path):
 @pytest.mark.parametrize("module, source", [
     ("cli", "import model"), ("model", "import training"), ("model", "from optim import LAMB"),
     ("batches", "from checkpoint import write"), ("training", "def f():\n    from generate import stream"),
-    ("data.read", "from data import prepare"), ("data.read", "import data.prepare"), ("pretrain", "import sft"),
-    ("sft", "from pretrain import train"), ("generate", "import pretrain"), ("tokenizer", "from data.read import lines"),
-    ("tokenizer", "def train():\n    import data.read"), ("dpo", "from tests.ranks import run"), ("data.gold", "from . import world"),
+    ("data.read", "from data import prepare"), ("data.read", "import data.prepare"),
+    ("pretrain", "import sft"),
+    ("sft", "from pretrain import train"), ("generate", "import pretrain"),
+    ("tokenizer", "from data.read import lines"),
+    ("tokenizer", "def train():\n    import data.read"), ("dpo", "from tests.ranks import run"),
+    ("data.gold", "from . import world"),
 ])
 def test_uphill_is_seen(module, source):
     assert len(uphill(module, source, [*MODULES, "sft"])) == 1
 
 
 def test_downhill_is_let_through():
-    assert not uphill("dpo", "import json, torch\nfrom generate import stream\nfrom training import check", MODULES)
+    assert not uphill("dpo", "import json, torch\nfrom generate import stream\nfrom training import check",
+                      MODULES)
     assert not uphill("tokenizer", "def main(config):\n    from data.read import documents", MODULES)
 
 
@@ -118,7 +124,8 @@ CONFIGS = {f"{name}.{cls.__name__}": cls for name in MODULES for cls in vars(imp
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_option_has_a_help_text(name):
     """And every configuration a docstring, which `--help` shows."""
-    assert [f.name for f in dataclasses.fields(CONFIGS[name]) if len(f.metadata.get("help", "").strip()) < 4] == []
+    assert [f.name for f in dataclasses.fields(CONFIGS[name]) if len(f.metadata.get("help",
+                                                                                    "").strip()) < 4] == []
     assert CONFIGS[name].__doc__ and not CONFIGS[name].__doc__.startswith(f"{CONFIGS[name].__name__}(")
 
 
@@ -133,7 +140,8 @@ def config_of(script, flags, monkeypatch):
     return start()
 
 
-@pytest.mark.parametrize("path", [p for p in SCRIPTS if "__main__" in p.read_text(encoding="utf-8")], ids=module_of)
+@pytest.mark.parametrize("path", [p for p in SCRIPTS if "__main__" in p.read_text(encoding="utf-8")],
+                         ids=module_of)
 def test_help_lists_every_option(path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         config_of(path, ["--help"], monkeypatch)
@@ -159,10 +167,12 @@ def commands(text):
         if not re.search(r"\b(python3?|torchrun|make) ", line):
             continue
         words = shlex.split(line, comments=True)
-        ends = [i for i, word in enumerate(words) if word in ("|", "&&", ";", "&", ">", "2>&1")] + [len(words)]
+        ends = [i for i,
+                word in enumerate(words) if word in ("|", "&&", ";", "&", ">", "2>&1")] + [len(words)]
         for start, end in zip([0] + [i + 1 for i in ends], ends):
             command = words[start:end]
-            while command and re.fullmatch(r"\$|\w+=.*", command[0]):     # a prompt, or a variable for the command
+            while command and re.fullmatch(r"\$|\w+=.*",
+                                           command[0]):     # a prompt, or a variable for the command
                 command.pop(0)
             if len(command) > 1 and Path(command[0]).name in ("python", "python3", "torchrun", "make"):
                 yield [Path(command[0]).name, *command[1:]]
@@ -205,9 +215,12 @@ def test_commands_in_the_readme_are_ones(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("line", [
-    "python pretrain.py --confg tiny", "python pretrain.py --config huge", "$ make dmo", "SIZE=smoke make demo SISE=tiny",
-    "torchrun --nproc_per_node=2 pretrain.py --max_steps=ten", "python -m data.prepar --input x", "python nothing.py",
-    "python generate.py --model out \\\n    --prompt a --tempo 3", "cd x && python pretrain.py --lr 3 > log", "python tokenizer.py --input a b  # two words"])
+    "python pretrain.py --confg tiny", "python pretrain.py --config huge", "$ make dmo",
+    "SIZE=smoke make demo SISE=tiny",
+    "torchrun --nproc_per_node=2 pretrain.py --max_steps=ten", "python -m data.prepar --input x",
+    "python nothing.py",
+    "python generate.py --model out \\\n    --prompt a --tempo 3", "cd x && python pretrain.py --lr 3 > log",
+    "python tokenizer.py --input a b  # two words"])
 def test_a_wrong_command_is_seen(line, monkeypatch):
     (command,) = commands(f"text\n```sh\n{line}\n```\nmore")
     assert wrong(command, monkeypatch)
@@ -227,8 +240,10 @@ def test_every_metric_of_pretraining_is_in_the_readme(tmp_path):
     explained = table_of_metrics(readme())
     if not explained:
         pytest.skip("no table of metrics in README.md yet")
-    sizes = dict(max_steps=2, eval_every=1, samples=0, d_model=16, n_heads=2, n_kv_heads=1, d_ff=16, n_layers=1)
-    pretrain.main(pretrain.PretrainConfig(**pretrain.PRESETS["smoke"] | sizes, out_dir=str(tmp_path), smoke=True))
+    sizes = dict(max_steps=2, eval_every=1, samples=0, d_model=16, n_heads=2, n_kv_heads=1, d_ff=16,
+                 n_layers=1)
+    pretrain.main(pretrain.PretrainConfig(**pretrain.PRESETS["smoke"] | sizes, out_dir=str(tmp_path),
+                                          smoke=True))
     restore_process()
     lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
     written = {name for line in lines for name in json.loads(line)} - {"step", "time"}
