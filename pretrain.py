@@ -8,6 +8,7 @@ optimiser; now and then an evaluation and a checkpoint.
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,9 +28,9 @@ from training import (KEPT, MetricLog, NonFinite, Stop, TrainingConfig, accumula
 
 PRESETS = {     # a shape, and the lr, batch and length that suit it; the data decides max_steps
     "tiny": dict(d_model=192, n_layers=5, n_heads=6, n_kv_heads=2, d_ff=512, max_seq_len=256,
-                 batch_size=16, max_steps=800, learning_rate=4e-3, dropout=0.05),
+                 batch_size=16, max_steps=620, learning_rate=1e-2, dropout=0.1),
     "quick-1mb": dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=352, max_seq_len=256,
-                      batch_size=16, max_steps=400, learning_rate=5e-3, dropout=0.1),
+                      batch_size=16, max_steps=400, learning_rate=1e-2, dropout=0.1),
     "small": dict(d_model=512, n_layers=8, n_heads=8, n_kv_heads=4, d_ff=1408, max_seq_len=512,
                   batch_size=128, micro_batch_size=16, max_steps=5000, warmup_steps=200, learning_rate=2e-3),
     "gpt2-124m": dict(d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, d_ff=2048, max_seq_len=1024,
@@ -81,33 +82,33 @@ def train(config, ranks):
         return [x.to(ranks.device) for x in packed_rows(data["train"], *mine, config.max_seq_len, config.seed)], len(rows)
 
     peak = preflight(config, ranks, forward, batch_of(state["step"])[0], micro_batch_size, data, sizes)
-    log = MetricLog(config, ranks, state["step"], flops_per_token(config, config.max_seq_len), peak)
-    stop, nonfinite = Stop(config.max_seconds), NonFinite()
-    for step in range(state["step"], config.max_steps):
-        # 1. The batch of this step, and its learning rate.
-        started = time.perf_counter()
-        batch, batch_rows = batch_of(step)
-        tokens = batch_rows * config.max_seq_len
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, config)
-        # 2. Loss and gradient, micro-batch by micro-batch.
-        forward.train()
-        loss = accumulate(forward, loss_of, batch, micro_batch_size, tokens, ranks, scaler, config.seed, step)
-        # 3. Clip, step.
-        grad_norm = clip_and_step(optimizer, model.parameters(), scaler, config.max_grad_norm)
-        # 4. Say so; now and then look at the model, and keep it.
-        state |= {"step": step + 1, "tokens": state["tokens"] + tokens}
-        log.step(step + 1, tokens, time.perf_counter() - started, loss=ranks.sum(loss).item(),
-                 lr=lr_at(step, config), grad_norm=grad_norm)
-        nonfinite.check(grad_norm, step + 1)
-        finished, stopped = step + 1 == config.max_steps, stop.agreed(ranks)
-        if finished or (step + 1) % config.eval_every == 0:
-            look(config, model, data, tokenizer, ranks, state, log, whole=finished)
-        if finished or stopped or (step + 1) % config.save_every == 0:
-            checkpoint.save_run("pretrain", config, model, optimizer, scaler, tokenizer, state, ranks)
-        if stopped:
-            break
-    log.close()
+    watch = NonFinite()
+    with (closing(MetricLog(config, ranks, state["step"], flops_per_token(config, config.max_seq_len), peak)) as log,
+          closing(Stop(config.max_seconds)) as stop):
+        for step in range(state["step"], config.max_steps):
+            # 1. The batch of this step, and its learning rate.
+            started = time.perf_counter()
+            batch, batch_rows = batch_of(step)
+            tokens, lr = batch_rows * config.max_seq_len, lr_at(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # 2. Loss and gradient, micro-batch by micro-batch.
+            forward.train()
+            loss = accumulate(forward, loss_of, batch, micro_batch_size, tokens, ranks, scaler, config.seed, step)
+            # 3. Clip, step.
+            grad_norm = clip_and_step(optimizer, model.parameters(), scaler, config.max_grad_norm)
+            # 4. Say so; now and then look at the model, and keep it.
+            state |= {"step": step + 1, "tokens": state["tokens"] + tokens}
+            log.step(step + 1, tokens, time.perf_counter() - started, loss=ranks.sum(loss).item(), lr=lr,
+                     grad_norm=grad_norm)
+            watch.check(grad_norm, step + 1)
+            finished, stopped = step + 1 == config.max_steps, stop.agreed(ranks)
+            if finished or (step + 1) % config.eval_every == 0:
+                look(config, model, data, tokenizer, ranks, state, log, whole=finished)
+            if finished or stopped or (step + 1) % config.save_every == 0:
+                checkpoint.save_run("pretrain", config, model, optimizer, scaler, tokenizer, state, ranks)
+            if stopped:
+                break
     ranks.say(f"{'done' if state['step'] >= config.max_steps else 'stopped (--resume goes on)'}: step {state['step']}, "
               f"{state['tokens']:,} tokens, in {config.out_dir}")
     return model

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -84,9 +85,6 @@ def check(config, ranks):
         raise UserError(f"min_lr {config.min_lr} is a share of learning_rate; give 0 to 1")
     if not 0 <= config.decay_fraction <= 1:
         raise UserError(f"decay_fraction {config.decay_fraction} is a share of the steps; give 0 to 1")
-    if bool(config.batch_size_start) != bool(config.ramp_tokens):
-        raise UserError(f"batch_size_start {config.batch_size_start} and ramp_tokens {config.ramp_tokens} make a ramp "
-                        "only together; give both or neither")
     smallest = config.batch_size_start or config.batch_size
     if config.batch_size % ranks.world_size or smallest % ranks.world_size:
         raise UserError(f"batch_size {smallest} is not a multiple of the {ranks.world_size} ranks")
@@ -96,6 +94,9 @@ def check(config, ranks):
             raise UserError(f"batch_size {size} is not a multiple of micro_batch_size {micro} x {ranks.world_size} ranks")
     if config.batch_size % smallest:
         raise UserError(f"batch_size {config.batch_size} is not a multiple of batch_size_start {smallest}")
+    if bool(config.batch_size_start) != bool(config.ramp_tokens):
+        raise UserError(f"batch_size_start {config.batch_size_start} and ramp_tokens {config.ramp_tokens} make a ramp "
+                        "only together; give both or neither")
     if config.tensorboard:
         need("torch.utils.tensorboard", "tensorboard")
     if config.wandb:
@@ -340,21 +341,23 @@ class Stop:
 
     def __init__(self, max_seconds):
         self.deadline = time.monotonic() + max_seconds if max_seconds else math.inf
-        self.asked = False
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.ask)
-        except ValueError:                      # not the main thread: a notebook's, where interrupts are its own
-            pass
+        self.asked, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():           # elsewhere Python allows no handlers
+            self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, number, frame):
         self.asked = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, self.before[number])
 
     def agreed(self, ranks):
         """Whether any rank was asked: all must stop at the same step."""
         mine = self.asked or time.monotonic() > self.deadline
         return ranks.sum(torch.tensor(float(mine), device=ranks.device)).item() > 0
+
+    def close(self):
+        """Give the signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # ---- what the machine can do

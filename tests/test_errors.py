@@ -1,4 +1,4 @@
-"""Bad input to every command: one line that names the thing, its value and the mend; exit status 2; nothing left.
+"""Bad input to every command: one line naming the thing, its value and the mend; exit status 2; nothing left.
 
 Each case runs in a directory of its own with a text, a tokenizer, shards and a run of 4 steps in it, and that
 directory must hold afterwards what it held before, but for what the case itself says.
@@ -101,7 +101,7 @@ def break_all(name):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """text.txt, tok (280 tokens), data (shards; 400 tokens of validation at least), run (checkpoints 2 and 4)."""
+    """A directory with text.txt, tok (280 tokens), data (its shards) and run (checkpoints 2 and 4)."""
     directory = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
@@ -532,7 +532,7 @@ def test_the_same_in_a_process_of_its_own(name, base, tmp_path, monkeypatch):
      ["another rank ended"]),
 ], ids=lambda x: getattr(x, "id", ""))
 def test_two_ranks(case, others_say, base, tmp_path, monkeypatch):
-    """As torchrun starts them: each rank that ends says why in a line, none waits for ever, none shows a traceback."""
+    """As torchrun starts them: each rank says in one line why it ends, and none waits for ever."""
     before = prepared(case, base, tmp_path, monkeypatch)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""The house as DESIGN.md plans it: imports go downhill, every option says what it is, and README.md says what is true."""
+"""The house as planned: imports go downhill, every option says what it is, README.md says what is true."""
 
 import ast
 import dataclasses
@@ -107,7 +107,8 @@ def test_downhill_is_let_through():
 
 def test_importing_runs_nothing_and_prints_nothing(tmp_path):
     """All files in one process: no output, no files, no optional package."""
-    program = f"import sys\nfor name in {MODULES}: __import__(name)\nprint(sorted(set({EXTRAS}) & set(sys.modules)))"
+    program = (f"import sys\nfor name in {MODULES}:\n    __import__(name)\n"
+               f"print(sorted(set({EXTRAS}) & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-B", "-c", program], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
@@ -116,9 +117,10 @@ def test_importing_runs_nothing_and_prints_nothing(tmp_path):
 
 # ---- options
 
-CONFIGS = {f"{name}.{cls.__name__}": cls for name in MODULES for cls in vars(importlib.import_module(name)).values()
+CONFIGS = {f"{name}.{cls.__name__}": cls
+           for name in MODULES for cls in vars(importlib.import_module(name)).values()
            if dataclasses.is_dataclass(cls) and cls.__module__ == name
-           and (cls.__name__.endswith("Config") or any("help" in f.metadata for f in dataclasses.fields(cls)))}
+           and ("Config" in cls.__name__ or any("help" in f.metadata for f in dataclasses.fields(cls)))}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -147,8 +149,9 @@ def test_help_lists_every_option(path, monkeypatch, capsys):
         config_of(path, ["--help"], monkeypatch)
     shown = capsys.readouterr().out
     assert ended.value.code == 0
-    assert [f.name for cls in CONFIGS.values() if cls.__module__ == module_of(path) and cls.__name__.endswith("Config")
-            for f in dataclasses.fields(cls) if f"--{f.name}" not in shown] == []
+    own = [cls for cls in CONFIGS.values() if cls.__module__ == module_of(path) and "Config" in cls.__name__]
+    names = [f.name for cls in own for f in dataclasses.fields(cls)]
+    assert names and [name for name in names if f"--{name}" not in shown] == []
 
 
 # ---- README.md
@@ -184,7 +187,7 @@ def wrong(command, monkeypatch):
     if name == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         known = set(re.findall(r"^([\w-]+) *(?:\?=|:=|:)", makefile, flags=re.M))
-        return " ".join(word for word in words if word.split("=")[0] not in known and not word.startswith("-"))
+        return " ".join(w for w in words if w.split("=")[0] not in known and not w.startswith("-"))
     if words[0] == "-m" and name != "torchrun":
         module, flags = words[1], words[2:]
         script = ROOT / (module.replace(".", "/") + ".py")
@@ -252,7 +255,8 @@ def test_every_metric_of_pretraining_is_in_the_readme(tmp_path):
 
 
 def test_names_of_metrics_are_read_off_a_table():
-    text = "| preset |\n|---|\n| `tiny` |\n\n| metric | x |\n|---|---|\n| `loss` | `y` |\n| `a`, `b` | |\n\n| `c` |"
+    text = ("| preset |\n|---|\n| `tiny` |\n\n"
+            "| metric | x |\n|---|---|\n| `loss` | `y` |\n| `a`, `b` | |\n\n| `c` |")
     assert table_of_metrics(text) == {"loss", "a", "b"}
 
 
@@ -275,7 +279,7 @@ def functions(source):
 
 
 def undocumented(source):
-    """Names of public functions of more than LONG lines without a docstring; `main` is what the module's docstring says."""
+    """Public functions of more than LONG lines without a docstring; `main`'s is the module's."""
     return [f.name for f in functions(source) if not ast.get_docstring(f) and not f.name.startswith("_")
             and f.end_lineno - f.lineno + 1 > LONG and f.name not in ("main", "forward")]
 
