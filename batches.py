@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from cli import UserError
 
-META_KEYS = ("vocab_size", "dtype", "tokenizer_sha256", "files")
-FILE_KEYS = ("name", "split", "language", "tokens", "documents")
+META_KEYS = {"vocab_size": int, "dtype": str, "tokenizer_sha256": str, "files": list}
+FILE_KEYS = {"name": str, "split": str, "language": str, "tokens": int, "documents": int}
 DTYPES = ("uint16", "uint32")
 PIECES_AT_ONCE = 1024       # pieces that bits per byte holds in memory and packs together
 
@@ -93,7 +93,7 @@ class Shards:
 
 
 def read_meta(data_dir):
-    """meta.json as a dict, with every key that is read later known to be there."""
+    """meta.json as a dict, with every key that is read later known to be there and of its type."""
     path = Path(data_dir) / "meta.json"
     mend = "make shards with python -m data.prepare --out_dir DIR"
     if not path.parent.is_dir():
@@ -104,10 +104,15 @@ def read_meta(data_dir):
         meta = json.loads(path.read_text(encoding="utf-8"))
         missing = [k for k in META_KEYS if k not in meta]
         missing += [f"files[].{k}" for k in FILE_KEYS for f in meta.get("files", []) if k not in f]
+        wrong = [k for k, kind in META_KEYS.items() if k in meta and not isinstance(meta[k], kind)]
+        wrong += [f"files[].{k}" for k, kind in FILE_KEYS.items() for f in meta.get("files", [])
+                  if k in f and not isinstance(f[k], kind)]
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the meta.json of token shards ({error}); {mend}")
     if missing:
         raise UserError(f"{path}: key {missing[0]} is missing; {mend}")
+    if wrong:
+        raise UserError(f"{path}: key {wrong[0]} holds another type; {mend}")
     if meta["dtype"] not in DTYPES or meta["vocab_size"] > np.iinfo(meta["dtype"]).max + 1:
         raise UserError(f"{path}: vocab_size {meta['vocab_size']} does not fit dtype {meta['dtype']}; {mend}")
     return meta

@@ -53,6 +53,10 @@ class ModelConfig:
             raise UserError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim < 2 or self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} must be even and at least 2: rotary positions turn pairs")
+        if not self.rope_theta > 0:
+            raise UserError(f"rope_theta {self.rope_theta} must be above 0")
+        if not self.norm_eps >= 0:
+            raise UserError(f"norm_eps {self.norm_eps} must be 0 or more")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} is not in [0, 1)")
         if self.init not in INITS:
