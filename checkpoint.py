@@ -4,9 +4,9 @@
     OUT/weights/00000500/       the same without training.pt, for curves (--keep_every)
     OUT/best                    the name of the best one
 
-So a run killed at any moment leaves whole checkpoints and perhaps a `.tmp-*`, which the next start removes. Every
-random draw is derived from (seed, purpose, step, row): no generator state is stored, and a resumed run continues bit
-for bit. Knows no stage: what `training.pt` holds is the caller's.
+So a run killed at any moment leaves whole checkpoints and perhaps a `.tmp-*`, which the next start removes.
+Every random draw is derived from (seed, purpose, step, row): no generator state is stored, and a resumed run
+continues bit for bit. Knows no stage: what `training.pt` holds is the caller's.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from cli import UserError, about
 from model import LanguageModel, ModelConfig, ScalarModel
 from tokenizer import Tokenizer
 
-KEPT = 2                                                        # newest checkpoints that stay, beside the best
+KEPT = 2                                        # newest checkpoints that stay, beside the best
 
 
 def begin(config, model, optimizer, scaler, tokenizer, ranks):
@@ -34,13 +34,14 @@ def begin(config, model, optimizer, scaler, tokenizer, ranks):
     """
     out_dir = Path(config.out_dir)
     if not config.resume and any(out_dir.glob("checkpoints/[0-9]*")):
-        raise UserError(f"--out_dir {out_dir} holds a run already; go on with --resume or choose another directory")
+        raise UserError(f"--out_dir {out_dir} holds a run already; go on with --resume or choose another "
+                        "directory")
     if config.resume or config.init_from:
         path = resolve(out_dir if config.resume else config.init_from, ranks.say)
         load_weights(model, torch.load(path / "model.pt", map_location="cpu", weights_only=True), path)
         if Tokenizer.load(path / "tokenizer").sha256 != tokenizer.sha256:
-            raise UserError(f"checkpoint {path}: its tokenizer is not that of the data, so its ids mean other texts; "
-                            f"prepare the data with --tokenizer {path / 'tokenizer'}")
+            raise UserError(f"checkpoint {path}: its tokenizer is not that of the data, so its ids mean "
+                            f"other texts; prepare the data with --tokenizer {path / 'tokenizer'}")
         ranks.say(f"weights of {path}")
     if ranks.is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ def begin(config, model, optimizer, scaler, tokenizer, ranks):
 
 
 def save_run(stage, config, model, optimizer, scaler, tokenizer, state, ranks, **extra):
-    """Write the checkpoint of a run's state on rank 0, while the others wait; `extra` goes into config.json."""
+    """Write the checkpoint of a run's state on rank 0, the others wait; `extra` goes into config.json."""
     if ranks.is_main:
         record = {"stage": stage, "config": vars(config), "tokens": state["tokens"], **extra}
         training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "state": state}
@@ -80,7 +81,8 @@ def save(out_dir, step, config, model_state, training_state, tokenizer, best=Fal
         write_file(out_dir / "best", lambda file: file.write(path.name.encode()))
     for old in sorted(path.parent.glob("[0-9]*[0-9]"))[:-KEPT]:
         if old.name != best_name(out_dir) and old.name < path.name:
-            doomed = old.rename(old.with_name(f".tmp-{old.name}-removed"))      # never half a checkpoint by its name
+            # Renamed first: there is never half a checkpoint by its name.
+            doomed = old.rename(old.with_name(f".tmp-{old.name}-removed"))
             shutil.rmtree(doomed)
     return path
 
@@ -88,7 +90,8 @@ def save(out_dir, step, config, model_state, training_state, tokenizer, best=Fal
 def write(path, record, states, tokenizer):
     """Write one checkpoint directory so that `path` appears whole or not at all.
 
-    One that is there already and whole is the same one (a step replayed after a kill); a broken one is moved aside.
+    One that is there already and whole is the same one (a step replayed after a kill); a broken one is moved
+    aside.
     """
     if path.exists():
         if not problem(path):
@@ -106,10 +109,10 @@ def write(path, record, states, tokenizer):
         write_file(temporary / "checksums.json", lambda file: file.write(json.dumps(sums, indent=1).encode()))
         temporary.rename(path)
         sync_directory(path.parent)
-    except (OSError, RuntimeError) as error:                    # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:                # torch.save reports a full disk as RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{path}: could not write the checkpoint of step {int(path.name)} ({error}); make room, "
-                        "then go on from the one before with --resume")
+        raise UserError(f"{path}: could not write the checkpoint of step {int(path.name)} ({error}); "
+                        "make room, then go on from the one before with --resume")
 
 
 def write_file(path, write_to):
@@ -162,7 +165,7 @@ def problem(path):
 
 
 def newest(out_dir, say=print):
-    """The newest checkpoint under out_dir that verifies, or None; each broken one is named and passed over."""
+    """The newest checkpoint under out_dir that verifies, or None; broken ones are named and passed over."""
     for path in sorted(Path(out_dir).glob("checkpoints/[0-9]*[0-9]"), reverse=True):
         wrong = problem(path)
         if not wrong:
@@ -218,7 +221,7 @@ def model_config(config):
 
 
 def load_model(path, device="cpu"):
-    """Load (model, tokenizer, config.json's dict) from an OUT directory or one checkpoint; the model is in eval mode."""
+    """Load (model in eval mode, tokenizer, config.json's dict) from an OUT directory or one checkpoint."""
     path = resolve(path)
     record = read_config(path)
     state = torch.load(path / "model.pt", map_location=device, weights_only=True)
@@ -241,7 +244,8 @@ def load_weights(model, state, path):
 def git_commit():
     """The commit of the source that runs, with "+" when files differ from it; "" outside a checkout."""
     def git(*args):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True,
+                              text=True)
     try:
         head = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()

@@ -1,7 +1,7 @@
 """Command lines from dataclasses, and errors that a user can mend. The lowest floor: imports nothing of ours.
 
-A stage's configuration is one dataclass; each field is one flag of the same name. The same dataclass is what a
-notebook builds (`PretrainConfig(n_layers=2)`) and what a checkpoint's `config.json` stores.
+A stage's configuration is one dataclass; each field is one flag of the same name. The same dataclass is what
+a notebook builds (`PretrainConfig(n_layers=2)`) and what a checkpoint's `config.json` stores.
 """
 
 import argparse
@@ -52,7 +52,8 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments:"):
             flag = message.split(": ", 1)[1].split()[0].split("=")[0]
             flags = list(self._option_string_actions)
-            near = [f for f in flags if len(flag) > 2 and f.startswith(flag)] or difflib.get_close_matches(flag, flags, 1)
+            near = ([f for f in flags if len(flag) > 2 and f.startswith(flag)]
+                    or difflib.get_close_matches(flag, flags, 1))
             message = f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
         raise UserError(f"{message} (see {self.prog} --help)")
 
@@ -60,7 +61,8 @@ class Parser(argparse.ArgumentParser):
 def parse_config(cls, argv=None, presets=None, kept=()):
     """Make a `cls` from the command line.
 
-    presets: name -> {field: value}, chosen by `--config`; a preset replaces defaults, an explicit flag beats it.
+    presets: name -> {field: value}, chosen by `--config`; a preset replaces defaults, an explicit flag beats
+        it.
     kept: the fields that may change when `--resume` continues a run; every other value then comes from the
         `config.json` of the newest checkpoint in `--out_dir`.
     """
@@ -70,12 +72,14 @@ def parse_config(cls, argv=None, presets=None, kept=()):
         parser.add_argument("--config", choices=list(presets), default=argparse.SUPPRESS,
                             help="a row of PRESETS: its values replace the defaults below, flags beat both")
     for f in fields(cls):
-        help = f.metadata.get("help", "") + (f" (default: {f.default!r})" if f.default is not MISSING else " (required)")
+        help = f.metadata.get("help", "") + (
+            f" (default: {f.default!r})" if f.default is not MISSING else " (required)")
         common = dict(default=argparse.SUPPRESS, help=help.replace("%", "%%"), required=f.default is MISSING)
         if types[f.name] is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **common)
         else:
-            parser.add_argument(f"--{f.name}", type=types[f.name], metavar=types[f.name].__name__.upper(), **common)
+            parser.add_argument(f"--{f.name}", type=types[f.name], metavar=types[f.name].__name__.upper(),
+                                **common)
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
         refused = [name for name in given if name not in {"resume", "out_dir", *kept}]
@@ -102,7 +106,7 @@ def stored_config(out_dir, cls):
 
 
 def run(main):
-    """Call main(); a mistake of the user ends in one line on stderr and exit status 2, ours in a traceback."""
+    """Call main(); a user's mistake ends in one line on stderr and exit status 2, ours in a traceback."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")            # a Windows pipe would not take Chinese
     try:
@@ -122,7 +126,7 @@ def run(main):
 
 @contextmanager
 def about(path):
-    """Give an OSError inside the block the name of the file that the user knows; a failed write has none at all."""
+    """Give an OSError inside the block the name of the file that the user knows; a failed write has none."""
     try:
         yield
     except OSError as error:

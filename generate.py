@@ -251,7 +251,8 @@ def read_prompt(prompt):
     except UnicodeDecodeError as error:
         raise UserError(f"stdin: byte {error.start} is not UTF-8; convert the prompt to UTF-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"prompt {prompt!r}: character {error.start} is not UTF-8; convert the prompt to UTF-8")
+        raise UserError(f"prompt {prompt!r}: character {error.start} is not UTF-8; "
+                        "convert the prompt to UTF-8")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ INITS = ("normal", "xavier", "he")
 @dataclass
 class ModelConfig:
     """The shape of a model."""
-    vocab_size: int = option(4096, "tokens in the vocabulary, the four specials included; 0 = the tokenizer's")
+    vocab_size: int = option(4096, "tokens in the vocabulary, the four specials included; "
+                                   "0 = the tokenizer's")
     d_model: int = option(192, "width of the residual stream")
     n_layers: int = option(6, "blocks")
     n_heads: int = option(6, "query heads")
@@ -52,7 +53,8 @@ class ModelConfig:
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim < 2 or self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} must be even and at least 2: rotary positions turn pairs")
+            raise UserError(f"head_dim {self.head_dim} must be even and at least 2: "
+                            "rotary positions turn pairs")
         if not self.rope_theta > 0:
             raise UserError(f"rope_theta {self.rope_theta} must be above 0")
         if not self.norm_eps >= 0:
@@ -78,11 +80,11 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that each new token costs one position and not all of them.
+    """Keys and values of the tokens read so far, so that a new token costs one position and not all of them.
 
-    Rows may differ in length: a batch of prompts is padded on the RIGHT, the pads' keys lie behind a row's length
-    where no query looks, and the row's next tokens overwrite them. After each forward the caller says how many of
-    the T positions were real, with `advance`.
+    Rows may differ in length: a batch of prompts is padded on the RIGHT, the pads' keys lie behind a row's
+    length where no query looks, and the row's next tokens overwrite them. After each forward the caller says
+    how many of the T positions were real, with `advance`.
     """
 
     def __init__(self, config, batch_size, max_len, device=None, dtype=torch.float32):
@@ -90,10 +92,10 @@ class KVCache:
             raise UserError(f"{max_len} tokens do not fit into max_seq_len {config.max_seq_len}; "
                             "shorten the prompt or ask for fewer new tokens")
         shape = (config.n_layers, batch_size, max_len, config.n_kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)                      # (L, B, S, G, K)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)                  # (L, B, S, G, K)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)         # (B,) real tokens a row
-        self.longest = 0                                                                # max(lengths), without a sync
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)     # (B,) real tokens a row
+        self.longest = 0                                                            # max(lengths), no sync
 
     def positions(self, T):
         """Positions of the next T tokens of each row, (B, T)."""
@@ -206,7 +208,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def positions_and_mask(self, ids, doc_ids, cache):
-        """Positions (B or 1, T), and which key each query may see, (B, 1, T, S) bool; no mask = plainly causal."""
+        """Positions (B or 1, T), and which key each query may see, (B, 1, T, S) bool; no mask = causal."""
         T = ids.shape[1]
         if cache is not None:
             positions = cache.positions(T)
@@ -215,7 +217,7 @@ class Transformer(nn.Module):
         here = torch.arange(T, device=ids.device)[None]
         if doc_ids is None:
             return here, None
-        first = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))                         # True where a document starts
+        first = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))                # True where a document starts
         start = (here * first).cummax(dim=1).values
         mask = (doc_ids[:, :, None] == doc_ids[:, None, :]) & (here.mT >= here)
         return here - start, mask[:, None]
@@ -240,8 +242,9 @@ class LanguageModel(nn.Module):
     def forward(self, ids, targets=None, doc_ids=None, cache=None):
         """Give logits (B, T, V); with targets (B, T) the (sum, count) of token_loss instead.
 
-        Both come from one forward because the trained one must go through the DDP or FSDP wrapper. The loss never
-        holds more than MAX_LOGITS logits: beyond, they are made a chunk of tokens at a time, and again in backward.
+        Both come from one forward because the trained one must go through the DDP or FSDP wrapper. The loss
+        never holds more than MAX_LOGITS logits: beyond, they are made a chunk of tokens at a time, and again
+        in backward.
         """
         stream = self.model(ids, doc_ids, cache)
         if targets is None:
@@ -251,12 +254,13 @@ class LanguageModel(nn.Module):
         chunk = max(1, MAX_LOGITS // self.config.vocab_size)
         total = stream.new_zeros((), dtype=torch.float32)
         for part, wanted in zip(stream.flatten(0, 1).split(chunk), targets.flatten().split(chunk)):
-            total = total + checkpoint(lambda s, t: token_loss(self.head(s), t)[0], part, wanted, use_reentrant=False)
+            total = total + checkpoint(lambda s, t: token_loss(self.head(s), t)[0], part, wanted,
+                                       use_reentrant=False)
         return total, (targets != IGNORE_INDEX).sum()
 
 
 class ScalarModel(nn.Module):
-    """One number a position, from the same stream: a reward model reads the last one, a value model all of them."""
+    """One number a position, from the same stream: a reward model reads the last one, a value model all."""
 
     def __init__(self, config):
         super().__init__()
@@ -273,7 +277,7 @@ class ScalarModel(nn.Module):
         return (raw - self.score_mean) / self.score_std
 
     def score_response(self, ids, lengths):
-        """Give (B,): the number at the last real token of each row. ids (B, T) padded on the right; lengths (B,)."""
+        """Give (B,): the number at each row's last real token; ids (B, T) padded right, lengths (B,)."""
         return self(ids).gather(1, (lengths - 1)[:, None]).squeeze(1)
 
 
@@ -281,20 +285,22 @@ class ScalarModel(nn.Module):
 def init_weights(model, config):
     """Set every weight, drawing from torch's global generator.
 
-    embedding, tied or not             N(0, 0.02)            (Radford et al. 2019)
-    matrices, (fan_out, fan_in)        normal N(0, 0.02); xavier N(0, sqrt(2 / (fan_in + fan_out))) (Glorot & Bengio
-                                       2010, eq. 16); he N(0, sqrt(2 / fan_in)) (He et al. 2015, eq. 10)
-    o_proj and down_proj               the same / sqrt(2 L): 2 L of them add up in the stream (Radford et al. 2019);
-                                       xavier and he make branches of size 1, so also * 0.02, the embedding's size
-    score                              N(0, 1 / sqrt(D + 1)) (Stiennon et al. 2020)
-    norms                              1
+    embedding, tied or not          N(0, 0.02) (Radford et al. 2019)
+    matrices, (fan_out, fan_in)     normal N(0, 0.02); xavier N(0, sqrt(2 / (fan_in + fan_out))) (Glorot &
+                                    Bengio 2010, eq. 16); he N(0, sqrt(2 / fan_in)) (He et al. 2015, eq. 10)
+    o_proj and down_proj            the same / sqrt(2 L): 2 L of them add up in the stream (Radford et al.
+                                    2019); xavier and he make branches of size 1, so also * 0.02, the
+                                    embedding's size
+    score                           N(0, 1 / sqrt(D + 1)) (Stiennon et al. 2020)
+    norms                           1
     """
     for name, weight in model.named_parameters():
         if weight.ndim < 2:
             weight.fill_(1.0)
             continue
         fan_out, fan_in = weight.shape
-        sd = {"normal": 0.02, "xavier": math.sqrt(2 / (fan_in + fan_out)), "he": math.sqrt(2 / fan_in)}[config.init]
+        sd = {"normal": 0.02, "xavier": math.sqrt(2 / (fan_in + fan_out)),
+              "he": math.sqrt(2 / fan_in)}[config.init]
         if "embed_tokens" in name:
             sd = 0.02
         elif name == "score.weight":
@@ -307,9 +313,9 @@ def init_weights(model, config):
 def token_loss(logits, targets):
     """Sum of -log p in nats over the targets to learn, and how many they are.
 
-    logits (..., V); targets (...), already shifted, IGNORE_INDEX where nothing is to be learnt. A sum and a count,
-    not a mean: the caller divides by the count of the WHOLE batch (all micro-batches, all ranks), so how a batch is
-    cut up never changes the gradient.
+    logits (..., V); targets (...), already shifted, IGNORE_INDEX where nothing is to be learnt. A sum and a
+    count, not a mean: the caller divides by the count of the WHOLE batch (all micro-batches, all ranks), so
+    how a batch is cut up never changes the gradient.
     """
     total = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX,
                             reduction="sum")
@@ -317,13 +323,16 @@ def token_loss(logits, targets):
 
 
 def token_logprobs(logits, ids, temperature=1.0):
-    """Log p(ids[:, 1:]) in fp32 nats, (B, T-1). logits (B, T, V) of ids (B, T); softmax(logits / temperature)."""
+    """Log p(ids[:, 1:]) of softmax(logits / temperature) in fp32 nats, (B, T-1).
+
+    logits (B, T, V) of ids (B, T).
+    """
     logprobs = (logits[:, :-1].float() / temperature).log_softmax(-1)
     return logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
 def count_params(config):
-    """Number of parameters of a LanguageModel: {"all", "embedding", "matrices"}; the head counts as a matrix."""
+    """Count a LanguageModel's parameters: {"all", "embedding", "matrices"}; the head counts as a matrix."""
     D, F_, H, G, K, V, L = (config.d_model, config.d_ff, config.n_heads, config.n_kv_heads, config.head_dim,
                             config.vocab_size, config.n_layers)
     block = 2 * D * H * K + 2 * D * G * K + 3 * D * F_
@@ -338,16 +347,18 @@ def flops_per_token(config, seq_len):
 
     As Chowdhery et al. 2022 (PaLM, appendix B) count; the whole row counts although attention is causal.
     """
-    return 6 * count_params(config)["matrices"] + 12 * config.n_layers * config.n_heads * config.head_dim * seq_len
+    return (6 * count_params(config)["matrices"]
+            + 12 * config.n_layers * config.n_heads * config.head_dim * seq_len)
 
 
 def training_memory(config, micro_batch_size, seq_len, state_bytes=8, activation_bytes=4):
     """Bytes one rank needs in training, by part.
 
-    state_bytes: of the optimiser a parameter (8 = two fp32 moments); activation_bytes: 2 under autocast. Activations
-    are what autograd keeps for backward. In fp32 always: the stream, its norms' insides and outputs, 6 D a token and
-    block, and 2 (H + G) K for qk_norm; in the working type 4 F + 3 H K + 2 G K, and the cast matrices once; of the
-    logits three fp32 copies: log-softmax and the gradients of its output and input.
+    state_bytes: of the optimiser a parameter (8 = two fp32 moments); activation_bytes: 2 under autocast.
+    Activations are what autograd keeps for backward. In fp32 always: the stream, its norms' insides and
+    outputs, 6 D a token and block, and 2 (H + G) K for qk_norm; in the working type 4 F + 3 H K + 2 G K, and
+    the cast matrices once; of the logits three fp32 copies: log-softmax and the gradients of its output and
+    input.
     """
     n, tokens = count_params(config)["all"], micro_batch_size * seq_len
     H, G, K = config.n_heads, config.n_kv_heads, config.head_dim

@@ -89,10 +89,11 @@ def muon_with_adamw(model, weight_decay, adam):
 
 
 def computes_bf16(device):
-    """Whether the hardware multiplies in bf16; where it does not, bf16 is emulated, some 50 times slower than fp32."""
+    """Whether the hardware multiplies in bf16; where not, it is emulated, some 50 times slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
+                                     or torch.cpu._is_amx_tile_supported())
 
 
 class KeepFloat32(TorchFunctionMode):

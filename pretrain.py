@@ -1,7 +1,7 @@
 """Pretraining: learn to predict the next token of text (Radford et al. 2018; Touvron et al. 2023).
 
-Reads the shards that data/prepare.py wrote. One step: rows of the sampler, loss, backward in micro-batches, clip,
-optimiser; now and then an evaluation and a checkpoint.
+Reads the shards that data/prepare.py wrote. One step: rows of the sampler, loss, backward in micro-batches,
+clip, optimiser; now and then an evaluation and a checkpoint.
     python pretrain.py --config tiny --data_dir DIR --out_dir OUT
     torchrun --nproc_per_node=8 pretrain.py --config gpt2-124m --data_dir DIR --out_dir OUT
 """
@@ -16,15 +16,17 @@ import numpy as np
 import torch
 
 import checkpoint
-from batches import (Shards, bits_from_sums, check_tokenizer, document_sums, n_rows, packed_rows, rows_of_step, share)
+from batches import (Shards, bits_from_sums, check_tokenizer, document_sums, n_rows, packed_rows,
+                     rows_of_step, share)
 from cli import UserError, option, parse_config, run
 from generate import generate
-from model import MAX_LOGITS, LanguageModel, ModelConfig, count_params, flops_per_token, token_loss, training_memory
+from model import (MAX_LOGITS, LanguageModel, ModelConfig, count_params, flops_per_token, token_loss,
+                   training_memory)
 from optim import make_optimizer
 from tokenizer import Tokenizer
 from training import (KEPT, MetricLog, NonFinite, Stop, TrainingConfig, accumulate, at_least, autocast,
-                      batch_sizes, check, clip_and_step, draw_seed, free_memory, intervals, loss_scaler, lr_at,
-                      matmul_peak, start_ranks, wrap)
+                      batch_sizes, check, clip_and_step, draw_seed, free_memory, intervals, loss_scaler,
+                      lr_at, matmul_peak, start_ranks, wrap)
 
 PRESETS = {     # a shape, and the lr, batch and length that suit it; the data decides max_steps
     "tiny": dict(d_model=192, n_layers=5, n_heads=6, n_kv_heads=2, d_ff=512, max_seq_len=256,
@@ -34,8 +36,8 @@ PRESETS = {     # a shape, and the lr, batch and length that suit it; the data d
     "small": dict(d_model=512, n_layers=8, n_heads=8, n_kv_heads=4, d_ff=1408, max_seq_len=512,
                   batch_size=128, micro_batch_size=16, max_steps=5000, warmup_steps=200, learning_rate=2e-3),
     "gpt2-124m": dict(d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, d_ff=2048, max_seq_len=1024,
-                      batch_size=512, micro_batch_size=16, max_steps=19000, warmup_steps=700, learning_rate=1e-3,
-                      save_every=500, eval_every=250),
+                      batch_size=512, micro_batch_size=16, max_steps=19000, warmup_steps=700,
+                      learning_rate=1e-3, save_every=500, eval_every=250),
     "350m": dict(d_model=1024, n_layers=24, n_heads=16, n_kv_heads=16, d_ff=2816, max_seq_len=1024,
                  batch_size=512, micro_batch_size=8, max_steps=30000, warmup_steps=1000, learning_rate=6e-4,
                  save_every=500, eval_every=250),
@@ -52,7 +54,8 @@ class PretrainConfig(TrainingConfig, ModelConfig):
     out_dir: str = option("out/pretrain", "where checkpoints and log.jsonl go")
     vocab_size: int = option(0, "tokens in the vocabulary; 0 = the shards'")
     eval_rows: int = option(64, "rows of train and validation text in each evaluation")
-    eval_documents: int = option(200, "validation documents that bits/byte is taken over on the way; at the end: all")
+    eval_documents: int = option(200, "validation documents that bits/byte is taken over on the way; "
+                                      "at the end: all")
     samples: int = option(2, "texts written by the model at each evaluation")
     sample_tokens: int = option(100, "longest of them, tokens")
 
@@ -70,20 +73,23 @@ def train(config, ranks):
     data, tokenizer, config = open_data(config, ranks)
     torch.manual_seed(draw_seed(config.seed, "init"))
     model = LanguageModel(checkpoint.model_config(config)).to(ranks.device)
-    optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.beta1, config.beta2, config.eps,
-                               config.weight_decay)
-    scaler, skip, sizes = loss_scaler(ranks), intervals(config.skip_steps), batch_sizes(config, config.max_seq_len)
+    optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.beta1, config.beta2,
+                               config.eps, config.weight_decay)
+    scaler, skip, sizes = (loss_scaler(ranks), intervals(config.skip_steps),
+                           batch_sizes(config, config.max_seq_len))
     state = checkpoint.begin(config, model, optimizer, scaler, tokenizer, ranks)
     forward = wrap(model, config, ranks)
 
     def batch_of(step):
         epochs, rows = rows_of_step(config.seed, 0 if config.overfit else step, data["rows"], sizes, skip)
         mine = share(epochs, ranks.rank, ranks.world_size), share(rows, ranks.rank, ranks.world_size)
-        return [x.to(ranks.device) for x in packed_rows(data["train"], *mine, config.max_seq_len, config.seed)], len(rows)
+        return [x.to(ranks.device)
+                for x in packed_rows(data["train"], *mine, config.max_seq_len, config.seed)], len(rows)
 
     peak = preflight(config, ranks, forward, batch_of(state["step"])[0], micro_batch_size, data, sizes)
     watch = NonFinite()
-    with (closing(MetricLog(config, ranks, state["step"], flops_per_token(config, config.max_seq_len), peak)) as log,
+    with (closing(MetricLog(config, ranks, state["step"], flops_per_token(config, config.max_seq_len),
+                            peak)) as log,
           closing(Stop(config.max_seconds)) as stop):
         for step in range(state["step"], config.max_steps):
             # 1. The batch of this step, and its learning rate.
@@ -94,7 +100,8 @@ def train(config, ranks):
                 group["lr"] = lr
             # 2. Loss and gradient, micro-batch by micro-batch.
             forward.train()
-            loss = accumulate(forward, loss_of, batch, micro_batch_size, tokens, ranks, scaler, config.seed, step)
+            loss = accumulate(forward, loss_of, batch, micro_batch_size, tokens, ranks, scaler, config.seed,
+                              step)
             # 3. Clip, step.
             grad_norm = clip_and_step(optimizer, model.parameters(), scaler, config.max_grad_norm)
             # 4. Say so; now and then look at the model, and keep it.
@@ -109,8 +116,8 @@ def train(config, ranks):
                 checkpoint.save_run("pretrain", config, model, optimizer, scaler, tokenizer, state, ranks)
             if stopped:
                 break
-    ranks.say(f"{'done' if state['step'] >= config.max_steps else 'stopped (--resume goes on)'}: step {state['step']}, "
-              f"{state['tokens']:,} tokens, in {config.out_dir}")
+    ranks.say(f"{'done' if state['step'] >= config.max_steps else 'stopped (--resume goes on)'}: "
+              f"step {state['step']}, {state['tokens']:,} tokens, in {config.out_dir}")
     return model
 
 
@@ -129,8 +136,8 @@ def open_data(config, ranks):
     tokenizer = Tokenizer.load(Path(config.data_dir) / "tokenizer")
     check_tokenizer(data["train"], tokenizer)
     if config.vocab_size not in (0, tokenizer.vocab_size):
-        raise UserError(f"vocab_size {config.vocab_size} is not the {tokenizer.vocab_size} of {config.data_dir}; "
-                        "leave it out")
+        raise UserError(f"vocab_size {config.vocab_size} is not the {tokenizer.vocab_size} of "
+                        f"{config.data_dir}; leave it out")
     return data, tokenizer, replace(config, vocab_size=tokenizer.vocab_size)
 
 
@@ -146,17 +153,17 @@ def built_in_data(config, ranks):
 
 
 def preflight(config, ranks, forward, batch, micro_batch_size, data, sizes):
-    """Say what the run will need and how long it takes, from one micro-batch done for real; returns the matmul peak.
+    """Say what the run will need and how long it takes, from one micro-batch done for real.
 
-    Peak and MFU are over all ranks.
+    Returns the matmul peak. Peak and MFU are over all ranks.
     """
     params, need = count_params(config), training_memory(
         config, micro_batch_size, config.max_seq_len, 4 if config.optimizer in ("muon", "lars") else 8,
         4 if ranks.dtype == torch.float32 else 2)
     free, total = free_memory(ranks.device), sum(need.values())
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in need.items())
-    ranks.say(f"model: {params['all']:,} parameters ({params['embedding']:,} embedding), {config.n_layers} layers, "
-              f"{ranks.dtype}, {ranks.world_size} x {ranks.device.type}")
+    ranks.say(f"model: {params['all']:,} parameters ({params['embedding']:,} embedding), "
+              f"{config.n_layers} layers, {ranks.dtype}, {ranks.world_size} x {ranks.device.type}")
     ranks.say(f"memory: about {total / 2**20:,.0f} MiB a rank ({parts})"
               + (f", {free / 2**20:,.0f} MiB free" if free else ""))
     if free and total > free:
@@ -168,7 +175,8 @@ def preflight(config, ranks, forward, batch, micro_batch_size, data, sizes):
     ranks.say(f"tokens: {tokens:,} to train on, {tokens / data['train'].n_tokens:.1f} epochs of "
               f"{data['train'].n_tokens:,}, {tokens / params['all']:.1f} a parameter")
     ranks.say(f"compute: {flops * tokens:.2e} FLOPs; matmul peak here {peak / 1e9:,.0f} GFLOP/s; "
-              f"about {max(1, rows / (micro_batch_size * ranks.world_size) * seconds / 60):.0f} minutes, evaluations apart")
+              f"about {max(1, rows / (micro_batch_size * ranks.world_size) * seconds / 60):.0f} minutes, "
+              "evaluations apart")
     return peak
 
 
@@ -196,8 +204,8 @@ def look(config, model, data, tokenizer, ranks, state, log, whole):
     if ranks.is_main and config.samples:
         seeds = [draw_seed(config.seed, "samples", i) for i in range(config.samples)]
         eot = tokenizer.eot_id
-        for ids in generate(model, [[eot]] * config.samples, config.sample_tokens, temperature=0.8, stop_ids=[eot],
-                            seeds=seeds):
+        for ids in generate(model, [[eot]] * config.samples, config.sample_tokens, temperature=0.8,
+                            stop_ids=[eot], seeds=seeds):
             ranks.say("sample: " + " ".join(tokenizer.decode([i for i in ids if i != eot]).split()))
 
 
@@ -210,14 +218,16 @@ def evaluate(config, model, data, tokenizer, ranks, whole):
     found = {}
     for split in ("train", "val"):
         loss, accuracy = row_loss(model, data[split], config, ranks)
-        found |= {f"{split}_loss": loss} | ({"val_accuracy": accuracy, "val_perplexity": math.exp(min(loss, 100))}
-                                            if split == "val" else {})
+        found |= {f"{split}_loss": loss} | (
+            {"val_accuracy": accuracy, "val_perplexity": math.exp(min(loss, 100))} if split == "val" else {})
     with autocast(ranks):
         sums = document_sums(model, data["val"], tokenizer, config.max_seq_len, rank=ranks.rank,
                              max_documents=0 if whole else config.eval_documents, world_size=ranks.world_size)
-    total = ranks.sum(torch.tensor(np.array(list(sums.values())), dtype=torch.float32, device=ranks.device)).tolist()
+    total = ranks.sum(torch.tensor(np.array(list(sums.values())), dtype=torch.float32,
+                                   device=ranks.device)).tolist()
     bits = bits_from_sums(dict(zip(sums, total)))
-    return found | {"bits_per_byte" if name == "all" else f"bits_per_byte_{name}": x for name, x in bits.items()}
+    return found | {"bits_per_byte" if name == "all" else f"bits_per_byte_{name}": x
+                    for name, x in bits.items()}
 
 
 @torch.no_grad()
@@ -229,7 +239,8 @@ def row_loss(model, shards, config, ranks):
     sums = torch.zeros(3, device=ranks.device)                          # loss, correct, count
     at_once = max(1, MAX_LOGITS // (T * config.vocab_size))
     for part in np.split(mine, range(at_once, len(mine), at_once)):
-        ids, targets, doc_ids = (x.to(ranks.device) for x in packed_rows(shards, part * 0, part, T, config.seed))
+        ids, targets, doc_ids = (x.to(ranks.device)
+                                 for x in packed_rows(shards, part * 0, part, T, config.seed))
         with autocast(ranks):
             logits = model(ids, doc_ids=doc_ids)
         loss, count = token_loss(logits, targets)
@@ -251,7 +262,8 @@ def verdict(history):
     if len(history) > 1 and history[-2][1] - val > 0.003 * val:
         return f"still learning: {gap}; more steps would help"
     if len(history) > 1:
-        return f"level: {gap}; no gap, so if this is too high the model or the learning rate is too small (underfitting)"
+        return (f"level: {gap}; no gap, so if this is too high the model or the learning rate is too small "
+                "(underfitting)")
     return f"first look: {gap}"
 
 

@@ -89,11 +89,12 @@ class Tokenizer:
         return [id for piece in pieces for id in self.encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts):
-        """`encode` of each of a list of texts, a slice of them on each core: tiktoken works outside the GIL."""
+        """`encode` of each of many texts, a slice of them on each core: tiktoken works outside the GIL."""
         n = os.cpu_count() or 1
         slices = [texts[len(texts) * i // n:len(texts) * (i + 1) // n] for i in range(n)]
         with ThreadPoolExecutor(n) as pool:
-            return [ids for part in pool.map(lambda part: [self.encode(text) for text in part], slices) for ids in part]
+            return [ids for part in pool.map(lambda part: [self.encode(text) for text in part], slices)
+                    for ids in part]
 
     def decode(self, ids):
         """Text of ids; specials as they are written, bytes that are not UTF-8 as U+FFFD."""

@@ -1,4 +1,4 @@
-"""What every training stage needs and no stage owns: flags, ranks, precision, schedules, accumulation, the log.
+"""What every training stage needs and no stage owns: flags, ranks, precision, schedules, one step, the log.
 
 Owns no loop, no loss and no data: a stage's loop calls these functions and can be read from top to bottom.
 Works under torchrun (nccl on GPUs, gloo on CPUs) and alone.
@@ -43,13 +43,15 @@ class TrainingConfig:
     max_seconds: int = option(0, "stop and save after this long, seconds; 0 = no limit")
     batch_size: int = option(32, "rows an optimiser step, all ranks together")
     micro_batch_size: int = option(0, "rows on one device at once, changes memory only; 0 = its whole share")
-    batch_size_start: int = option(0, "rows a step at the start of a batch-size ramp, which grows in multiples of "
-                                      "it; 0 = no ramp")
+    batch_size_start: int = option(0, "rows a step at the start of a batch-size ramp, which grows in "
+                                      "multiples of it; 0 = no ramp")
     ramp_tokens: int = option(0, "tokens over which the batch grows linearly to batch_size")
-    skip_steps: str = option("", "data steps to leave out, such as 120-140,300-310: rescue of a run that diverged")
+    skip_steps: str = option("", "data steps to leave out, such as 120-140,300-310: rescue of a run that "
+                                 "diverged")
     optimizer: str = option("muon", "adam, adamw, muon, lamb or lars")
     learning_rate: float = option(2e-3, "peak")
-    schedule: str = option("cosine", "after warmup: cosine, linear, polynomial, wsd (stable, then linear) or constant")
+    schedule: str = option("cosine", "after warmup: cosine, linear, polynomial, wsd (stable, then linear) "
+                                     "or constant")
     warmup_steps: int = option(100, "steps of linear warmup")
     min_lr: float = option(0.1, "floor of the schedule, as a share of learning_rate")
     decay_power: float = option(2.0, "exponent of the polynomial schedule")
@@ -63,8 +65,8 @@ class TrainingConfig:
     eval_every: int = option(100, "steps between evaluations")
     save_every: int = option(100, "steps between checkpoints; the last two and the best stay")
     keep_every: int = option(0, "also keep the weights of every so many steps, under OUT/weights; 0 = none")
-    dtype: str = option("auto", "of the forward pass: fp32, bf16, fp16 (with loss scaling); auto = bf16 where the "
-                                "hardware has it")
+    dtype: str = option("auto", "of the forward pass: fp32, bf16, fp16 (with loss scaling); "
+                                "auto = bf16 where the hardware has it")
     compile: bool = option(True, "torch.compile the trained forward, where that works")
     device: str = option("auto", "cpu, cuda, mps; auto = the best there is")
     threads: int = option(0, "CPU threads a rank; 0 = torch's choice")
@@ -77,8 +79,8 @@ class TrainingConfig:
 def check(config, ranks):
     """Refuse impossible numbers before anything is built; returns the micro-batch size."""
     at_least(1, config, "max_steps", "batch_size", "log_every", "eval_every", "save_every")
-    at_least(0, config, "micro_batch_size", "batch_size_start", "ramp_tokens", "warmup_steps", "max_grad_norm",
-             "keep_every", "max_seconds", "threads", "decay_power")
+    at_least(0, config, "micro_batch_size", "batch_size_start", "ramp_tokens", "warmup_steps",
+             "max_grad_norm", "keep_every", "max_seconds", "threads", "decay_power")
     if config.schedule not in SCHEDULES:
         raise UserError(f"schedule {config.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
     if not 0 <= config.min_lr <= 1:
@@ -91,12 +93,13 @@ def check(config, ranks):
     micro = config.micro_batch_size or smallest // ranks.world_size
     for size in {smallest, config.batch_size}:
         if size % (micro * ranks.world_size):
-            raise UserError(f"batch_size {size} is not a multiple of micro_batch_size {micro} x {ranks.world_size} ranks")
+            raise UserError(f"batch_size {size} is not a multiple of micro_batch_size {micro} "
+                            f"x {ranks.world_size} ranks")
     if config.batch_size % smallest:
         raise UserError(f"batch_size {config.batch_size} is not a multiple of batch_size_start {smallest}")
     if bool(config.batch_size_start) != bool(config.ramp_tokens):
-        raise UserError(f"batch_size_start {config.batch_size_start} and ramp_tokens {config.ramp_tokens} make a ramp "
-                        "only together; give both or neither")
+        raise UserError(f"batch_size_start {config.batch_size_start} and ramp_tokens {config.ramp_tokens} "
+                        "make a ramp only together; give both or neither")
     if config.tensorboard:
         need("torch.utils.tensorboard", "tensorboard")
     if config.wandb:
@@ -108,7 +111,8 @@ def at_least(low, config, *names):
     """Refuse those options of a config that are below `low`, 0 or 1, or not a number."""
     for name in names:
         if not getattr(config, name) >= low:
-            raise UserError(f"{name} {getattr(config, name)} must {f'be at least {low}' if low else 'not be negative'}")
+            raise UserError(f"{name} {getattr(config, name)} must "
+                            f"{f'be at least {low}' if low else 'not be negative'}")
 
 
 # ---- ranks, device, precision
@@ -146,16 +150,16 @@ class Ranks:
 
 @contextmanager
 def start_ranks(config):
-    """Yield the Ranks of this process, as torchrun's environment says; the process group ends with the block."""
+    """Yield this process's Ranks, as torchrun's environment says; the process group ends with the block."""
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = pick_device(config.device, local_rank)
-    if config.threads > 0:                                              # check() refuses the rest
+    if config.threads > 0:                                          # check() refuses the rest
         torch.set_num_threads(config.threads)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # cuBLAS is deterministic only with it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS is deterministic only with it
     if config.compile:
         torch.use_deterministic_algorithms(True, warn_only=device.type == "mps")
-    else:                                                               # the same, without loading the compiler (4 s)
+    else:                                                           # the same, not loading the compiler (4 s)
         torch.set_deterministic_debug_mode("warn" if device.type == "mps" else "error")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -165,7 +169,7 @@ def start_ranks(config):
     try:
         yield ranks
     except RuntimeError as error:
-        if "Connection closed by peer" not in str(error):               # gloo's words when another rank is gone
+        if "Connection closed by peer" not in str(error):           # gloo's words when another rank is gone
             raise
         raise UserError(f"rank {rank}: another rank ended; its own message says why")
     finally:
@@ -205,7 +209,7 @@ def loss_scaler(ranks):
 
 
 def wrap(model, config, ranks):
-    """The module whose forward is trained: compiled where that works, inside DDP where there are several ranks.
+    """The module whose forward is trained: compiled where that works, inside DDP if there are several ranks.
 
     Saving, sampling and evaluation use `model` itself, whose parameter names have no prefix.
     """
@@ -219,7 +223,10 @@ def wrap(model, config, ranks):
 
 
 def compiles(ranks):
-    """Try torch.compile on one line of arithmetic: compilers are missing or broken in many ways, this meets them all."""
+    """Try torch.compile on one line of arithmetic.
+
+    Compilers are missing or broken in many ways; this meets them all.
+    """
     works = torch.ones((), device=ranks.device)
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=ranks.device))
@@ -250,9 +257,9 @@ def lr_at(step, config):
 
 
 def batch_sizes(config, tokens_per_row):
-    """Rows of every step: an int, or int64 (max_steps,) while the batch grows (Brown et al. 2020, appendix B).
+    """Rows of every step: an int, or int64 (max_steps,) if the batch grows (Brown et al. 2020, appendix B).
 
-    The batch grows linearly in the tokens seen, from batch_size_start to batch_size, in multiples of the first.
+    It grows linearly in the tokens seen, from batch_size_start to batch_size, in multiples of the first.
     """
     start, full = config.batch_size_start, config.batch_size
     if not start or not config.ramp_tokens:
@@ -286,12 +293,13 @@ def draw_seed(seed, purpose, index=0):
 
 
 def accumulate(model, loss_of, batch, micro_batch_size, total_count, ranks, scaler, seed, step):
-    """Backward over this rank's rows in micro-batches; leaves the gradient of the mean loss of the WHOLE batch.
+    """Backward over this rank's rows in micro-batches; leaves the gradient of the WHOLE batch's mean loss.
 
     Args:
         loss_of: loss_of(model, *rows) -> (sum of losses, count).
         batch: tuple of tensors (b, ...), this rank's rows.
-        total_count: what `count` comes to over all rows of all ranks. DDP averages over ranks, hence world_size.
+        total_count: what `count` comes to over all rows of all ranks. DDP averages over ranks, hence
+            world_size.
     Returns this rank's share of the mean loss, detached.
     """
     parts = list(zip(*(x.split(micro_batch_size) for x in batch)))
@@ -310,8 +318,8 @@ def accumulate(model, loss_of, batch, micro_batch_size, total_count, ranks, scal
 def clip_and_step(optimizer, parameters, scaler, max_grad_norm):
     """Clip the gradients' L2 norm and take the optimiser's step; returns the norm before clipping, a float.
 
-    A norm that is not finite takes no step, in any precision: one such step would destroy the weights. In fp16 it
-    is routine, and halves the loss scale.
+    A norm that is not finite takes no step, in any precision: one such step would destroy the weights.
+    In fp16 it is routine, and halves the loss scale.
     """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
@@ -337,12 +345,12 @@ class NonFinite:
 
 
 class Stop:
-    """Asks a run to end after the step in hand: at max_seconds, on SIGTERM, on the first Ctrl-C (a second one kills)."""
+    """Asks a run to end after this step: at max_seconds, on SIGTERM, on the first Ctrl-C (a second kills)."""
 
     def __init__(self, max_seconds):
         self.deadline = time.monotonic() + max_seconds if max_seconds else math.inf
         self.asked, self.before = False, {}
-        if threading.current_thread() is threading.main_thread():           # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():       # elsewhere Python allows no handlers
             self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, number, frame):
@@ -390,10 +398,10 @@ def free_memory(device):
 # ---- the log
 
 class MetricLog:
-    """Metrics of a run: a bar or plain lines on rank 0's terminal, every step in OUT/log.jsonl, TensorBoard, WandB.
+    """Metrics of a run: a bar or lines on rank 0's terminal, every step in OUT/log.jsonl, TensorBoard, WandB.
 
-    `step` is the number of optimiser steps taken. A resumed run first drops the lines after its checkpoint, which it
-    is about to write again.
+    `step` is the number of optimiser steps taken. A resumed run first drops the lines after its checkpoint,
+    which it is about to write again.
     """
 
     def __init__(self, config, ranks, first_step, flops_per_token=0, peak=0.0):
@@ -408,18 +416,21 @@ class MetricLog:
         config, out_dir = self.config, Path(self.config.out_dir)
         path = out_dir / "log.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if step_of(line) <= self.first_step]
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines()
+                     if step_of(line) <= self.first_step]
             write_file(path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
         self.file = open(path, "a", encoding="utf-8")
-        self.bar = tqdm(total=config.max_steps, initial=self.first_step, disable=not sys.stderr.isatty(), unit="step")
+        self.bar = tqdm(total=config.max_steps, initial=self.first_step, disable=not sys.stderr.isatty(),
+                        unit="step")
         if config.tensorboard:
             board = need("torch.utils.tensorboard", "tensorboard")
             self.board = board.SummaryWriter(str(out_dir / "tensorboard"))
         if config.wandb:
-            self.wandb = need("wandb", "wandb").init(project=config.wandb, config=vars(config), dir=str(out_dir))
+            self.wandb = need("wandb", "wandb").init(project=config.wandb, config=vars(config),
+                                                     dir=str(out_dir))
 
     def step(self, step, tokens, seconds, **metrics):
-        """Log an optimiser step that took `tokens` (all ranks) and `seconds`; no averages: each line is its step."""
+        """Log a step that took `tokens` (all ranks) and `seconds`; no averages: each line is its step."""
         speed = tokens / seconds
         metrics |= {"tokens_per_second": round(speed, 1)}
         if self.peak:
@@ -432,7 +443,8 @@ class MetricLog:
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
         elif step % self.config.log_every == 0 or step == self.config.max_steps:
-            left = (time.monotonic() - self.started) / (step - self.first_step) * (self.config.max_steps - step)
+            left = ((time.monotonic() - self.started) / (step - self.first_step)
+                    * (self.config.max_steps - step))
             self.ranks.say(f"step {step}/{self.config.max_steps}  {text}  {tqdm.format_interval(left)} left")
 
     def write(self, step, **metrics):

@@ -1,4 +1,4 @@
-"""One thread a process, for this one and for those that tests start: tests run side by side with other work."""
+"""One thread a process, here and in those that tests start: tests run side by side with other work."""
 
 import os
 

@@ -24,6 +24,9 @@ def _run(rank, world_size, port, function, config, args, out):
 
 
 def on_ranks(world_size, function, config, args, out):
-    """function(ranks, *args) on each of world_size processes; returns what each returned. out: an empty directory."""
+    """Call function(ranks, *args) on each of world_size processes; returns what each returned.
+
+    out: an empty directory.
+    """
     mp.start_processes(_run, (world_size, free_port(), function, config, args, str(out)), world_size)
     return [torch.load(f"{out}/{rank}.pt", weights_only=False) for rank in range(world_size)]

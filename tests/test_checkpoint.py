@@ -40,8 +40,9 @@ def saved(out_dir, tokenizer, steps, best=(), keep_every=0, kind=LanguageModel):
     for step in steps:
         torch.manual_seed(step)
         model = kind(ModelConfig(**SHAPE))
-        checkpoint.save(out_dir, step, {"stage": "test", "config": SHAPE, "tokens": step * 10}, model.state_dict(),
-                        {"state": {"step": step}}, tokenizer, best=step in best, keep_every=keep_every)
+        checkpoint.save(out_dir, step, {"stage": "test", "config": SHAPE, "tokens": step * 10},
+                        model.state_dict(), {"state": {"step": step}}, tokenizer, best=step in best,
+                        keep_every=keep_every)
 
 
 def names(out_dir, folder="checkpoints"):
@@ -59,7 +60,8 @@ def test_last_two_and_best_stay(tmp_path, tokenizer):
         "checksums.json", "config.json", "model.pt", "tokenizer", "training.pt"]
     assert not (tmp_path / "weights/00000040/training.pt").exists()
     record = checkpoint.read_config(tmp_path / "checkpoints/00000050")
-    assert record["step"] == 50 and record["tokens"] == 500 and record["stage"] == "test" and "git_commit" in record
+    assert (record["step"] == 50 and record["tokens"] == 500 and record["stage"] == "test"
+            and "git_commit" in record)
 
 
 @pytest.mark.parametrize("kind", [LanguageModel, ScalarModel])
@@ -77,7 +79,8 @@ def test_load_model_is_the_saved_model(tmp_path, tokenizer, kind):
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, tokenizer, monkeypatch):
     saved(tmp_path, tokenizer, [1])
-    for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")):
+    for error in (OSError(28, "No space left on device"),
+                  RuntimeError("PytorchStreamWriter failed writing file")):
         def fail(state, file):
             file.write(b"half")
             raise error
@@ -111,8 +114,10 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("file", ["model.pt", "training.pt", "config.json", "checksums.json", "tokenizer/bpe.json"])
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink], ids=["truncated", "bit flipped", "missing"])
+@pytest.mark.parametrize("file", ["model.pt", "training.pt", "config.json", "checksums.json",
+                                  "tokenizer/bpe.json"])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink],
+                         ids=["truncated", "bit flipped", "missing"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, tokenizer, file, damage):
     saved(tmp_path, tokenizer, [1, 2])
     damage(tmp_path / "checkpoints/00000002" / file)
@@ -144,12 +149,13 @@ def test_start_removes_what_a_kill_left(tmp_path, tokenizer):
 
 def config_of(shards, out_dir, **changes):
     return PretrainConfig(**PRESETS["smoke"] | dict(
-        data_dir=str(shards), out_dir=str(out_dir), max_steps=12, save_every=4, eval_every=6, dropout=0.1, samples=0,
-        eval_rows=2, eval_documents=2, optimizer="adamw", micro_batch_size=4) | changes)
+        data_dir=str(shards), out_dir=str(out_dir), max_steps=12, save_every=4, eval_every=6, dropout=0.1,
+        samples=0, eval_rows=2, eval_documents=2, optimizer="adamw", micro_batch_size=4) | changes)
 
 
 def losses(out_dir):
-    lines = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line)
+             for line in (Path(out_dir) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return {line["step"]: (line["loss"], line["grad_norm"], line["lr"]) for line in lines if "loss" in line}
 
 
@@ -185,7 +191,8 @@ def train_stopping_after(config, steps, monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     {}, {"optimizer": "adam"}, {"optimizer": "lamb"}, {"optimizer": "lars"}, {"optimizer": "muon"},
-    {"batch_size_start": 4, "ramp_tokens": 3000}, {"skip_steps": "2-5"}, {"schedule": "wsd", "tie_embeddings": False}],
+    {"batch_size_start": 4, "ramp_tokens": 3000}, {"skip_steps": "2-5"},
+    {"schedule": "wsd", "tie_embeddings": False}],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "adamw")
 def test_resumed_run_is_the_unbroken_run(tmp_path, shards, changes, monkeypatch):
     train(config_of(shards, tmp_path / "whole", **changes), Ranks())
@@ -210,13 +217,14 @@ def test_resume_survives_a_torn_newest(tmp_path, shards, capsys):
 # ---- kill -9
 
 def start(arguments, world_size):
-    """Start pretrain.py on world_size processes, each in a session of its own so that kill takes all of it."""
+    """Start pretrain.py on world_size processes, each a session of its own so that kill takes all of it."""
     port, processes = free_port(), []
     for rank in range(world_size):
         env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes.append(subprocess.Popen([sys.executable, str(ROOT / "pretrain.py"), *arguments], env=env, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True))
+        processes.append(subprocess.Popen([sys.executable, str(ROOT / "pretrain.py"), *arguments], env=env,
+                                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                          start_new_session=True))
     return processes
 
 
@@ -242,11 +250,15 @@ def kill_when(processes, condition):
 
 
 def kill_run(tmp_path, shards, world_size, kills, seed):
-    """Kill a run `kills` times, at random steps and every second time inside a checkpoint's write; compare with the whole."""
+    """Kill a run `kills` times, at random steps, every second time inside a checkpoint's write.
+
+    Then compare it with the whole.
+    """
     steps = 6 * kills + 12
     flags = [f"--{k}={v}" for k, v in dict(
-        data_dir=shards, max_steps=steps, save_every=3, eval_every=6, dropout=0.1, samples=0, eval_rows=2, eval_documents=2,
-        optimizer="adamw", micro_batch_size=2, d_model=128, max_seq_len=128, device="cpu").items()]
+        data_dir=shards, max_steps=steps, save_every=3, eval_every=6, dropout=0.1, samples=0, eval_rows=2,
+        eval_documents=2, optimizer="adamw", micro_batch_size=2, d_model=128, max_seq_len=128,
+        device="cpu").items()]
     finish(start(["--smoke", f"--out_dir={tmp_path / 'whole'}", *flags], world_size))
     out, rng, done, in_write = tmp_path / "killed", random.Random(seed), 0, 0
     while done < kills:

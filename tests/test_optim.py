@@ -171,10 +171,13 @@ def test_five_steps_by_hand(name):
         torch.testing.assert_close(got - before[key], want - before[key], rtol=1e-9, atol=1e-14, msg=key)
 
 
-@pytest.mark.parametrize("bf16, orthogonalise, tolerance", [(True, newton_schulz, 0.02), (True, polar_by_svd, 0.04),
-                                                            (False, polar_by_svd, 1e-5)])
+@pytest.mark.parametrize("bf16, orthogonalise, tolerance", [
+    (True, newton_schulz, 0.02), (True, polar_by_svd, 0.04), (False, polar_by_svd, 1e-5)])
 def test_five_steps_of_muon_by_hand(bf16, orthogonalise, tolerance, monkeypatch):
-    """Blocks: within hundredths of the way gone, since bfloat16 has 8 bits; in fp32 exactly. The rest: AdamW, exactly."""
+    """Blocks: within hundredths of the way gone, since bfloat16 has 8 bits; in fp32 exactly.
+
+    The rest: AdamW, exactly.
+    """
     monkeypatch.setattr(optim, "computes_bf16", lambda device: bf16)
     model = toy()
     before, gradients = weights(model), draw_gradients(model, len(RATES))

@@ -12,8 +12,8 @@ import training
 from cli import UserError
 from model import IGNORE_INDEX, LanguageModel, ModelConfig
 from pretrain import PRESETS, PretrainConfig, train, verdict
-from training import (DTYPES, MetricLog, NonFinite, Ranks, TrainingConfig, accumulate, batch_sizes, check, clip_and_step,
-                      intervals, loss_scaler, lr_at, pick_dtype)
+from training import (DTYPES, MetricLog, NonFinite, Ranks, TrainingConfig, accumulate, batch_sizes, check,
+                      clip_and_step, intervals, loss_scaler, lr_at, pick_dtype)
 
 TINY = ModelConfig(vocab_size=50, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=16)
 
@@ -21,19 +21,21 @@ TINY = ModelConfig(vocab_size=50, d_model=32, n_layers=2, n_heads=4, n_kv_heads=
 # ---- schedules
 
 def curve(schedule, **changes):
-    config = replace(TrainingConfig(schedule=schedule, max_steps=100, warmup_steps=10, learning_rate=2.0, min_lr=0.1), **changes)
+    config = replace(TrainingConfig(schedule=schedule, max_steps=100, warmup_steps=10, learning_rate=2.0,
+                                    min_lr=0.1), **changes)
     return [lr_at(step, config) for step in range(101)]
 
 
 def test_schedules_by_hand():
-    """Points computed by hand: the warmup, the half-way point and the end of each shape; peak 2, floor 0.2."""
+    """Points computed by hand: the warmup, the middle and the end of each shape; peak 2, floor 0.2."""
     for schedule in training.SCHEDULES:
         lr = curve(schedule)
-        assert lr[0] == pytest.approx(0.2) and lr[4] == pytest.approx(1.0) and lr[9] == lr[10] == 2.0, schedule
+        assert (lr[0] == pytest.approx(0.2) and lr[4] == pytest.approx(1.0)
+                and lr[9] == lr[10] == 2.0), schedule
         assert lr[100] == pytest.approx(2.0 if schedule == "constant" else 0.2), schedule
         assert all(a >= b for a, b in zip(lr[10:], lr[11:])), schedule
-    assert curve("cosine")[55] == pytest.approx(1.1)                        # half way: the mean of peak and floor
-    assert curve("cosine")[10 + 30] == pytest.approx(0.2 + 1.8 * 0.75)      # (1 + cos 60 degrees) / 2
+    assert curve("cosine")[55] == pytest.approx(1.1)                    # half way: the mean of peak and floor
+    assert curve("cosine")[10 + 30] == pytest.approx(0.2 + 1.8 * 0.75)  # (1 + cos 60 degrees) / 2
     assert curve("linear")[55] == pytest.approx(1.1)
     assert curve("polynomial")[55] == pytest.approx(0.2 + 1.8 * 0.25)
     assert curve("polynomial", decay_power=1.0) == pytest.approx(curve("linear"))
@@ -53,7 +55,7 @@ def test_schedule_against_torch():
 
 
 def test_batch_ramp():
-    """GPT-3's ramp listed step by step: the size depends on the tokens before the step, in multiples of the start."""
+    """GPT-3's ramp listed step by step: multiples of the start, by the number of tokens before the step."""
     config = TrainingConfig(max_steps=30, batch_size=16, batch_size_start=4, ramp_tokens=100 * 8)
     sizes, tokens = batch_sizes(config, 8), 0
     for size in sizes:
@@ -76,7 +78,8 @@ def test_check_derives_the_micro_batch():
     assert check(TrainingConfig(batch_size=32), Ranks(world_size=4)) == 8
     assert check(TrainingConfig(batch_size=32, micro_batch_size=2), Ranks(world_size=4)) == 2
     for changes, words in (({"batch_size": 30}, "4 ranks"), ({"micro_batch_size": 3}, "micro_batch_size 3"),
-                           ({"batch_size_start": 12}, "multiple"), ({"schedule": "cos"}, "cosine"), ({"min_lr": 2.0}, "share")):
+                           ({"batch_size_start": 12}, "multiple"), ({"schedule": "cos"}, "cosine"),
+                           ({"min_lr": 2.0}, "share")):
         with pytest.raises(UserError, match=words):
             check(replace(TrainingConfig(batch_size=32), **changes), Ranks(world_size=4))
 
@@ -100,8 +103,8 @@ def gradients(ranks, micro_batch_size):
     ids, targets = ragged_batch()
     count = (targets != IGNORE_INDEX).sum()
     mine = slice(ranks.rank * len(ids) // ranks.world_size, (ranks.rank + 1) * len(ids) // ranks.world_size)
-    loss = accumulate(forward, lambda m, i, t: m(i, t), (ids[mine], targets[mine]), micro_batch_size, count, ranks,
-                      loss_scaler(ranks), seed=0, step=0)
+    loss = accumulate(forward, lambda m, i, t: m(i, t), (ids[mine], targets[mine]), micro_batch_size, count,
+                      ranks, loss_scaler(ranks), seed=0, step=0)
     return ranks.sum(loss.clone()).item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -109,7 +112,8 @@ def whole_batch_gradients():
     """The second telling: one mean over all counted targets, one backward."""
     torch.manual_seed(0)
     model, (ids, targets) = LanguageModel(TINY), ragged_batch()
-    loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+    loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(),
+                                             ignore_index=IGNORE_INDEX)
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -117,7 +121,8 @@ def whole_batch_gradients():
 def assert_same_gradients(found, wanted):
     assert found[0] == pytest.approx(wanted[0], abs=1e-6)
     for name, grad in wanted[1].items():
-        torch.testing.assert_close(found[1][name], grad, atol=1e-6, rtol=1e-5, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(found[1][name], grad, atol=1e-6, rtol=1e-5,
+                                   msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 8])
@@ -143,17 +148,18 @@ def short_run(ranks, data_dir, out_dir, optimizer, steps, micro_batch_size):
     """Losses of every step, and the weights, of `steps` steps of the smoke model in fp32."""
     torch.manual_seed(0)
     config = PretrainConfig(**PRESETS["smoke"] | {
-        "data_dir": str(data_dir), "out_dir": str(out_dir), "optimizer": optimizer, "max_steps": steps, "dtype": "fp32",
-        "learning_rate": {"lars": 1.0, "lamb": 1e-2}.get(optimizer, 2e-3), "micro_batch_size": micro_batch_size,
-        "eval_every": 1000, "save_every": 1000, "eval_rows": 2, "eval_documents": 2, "samples": 0, "weight_decay": 1e-2})
+        "data_dir": str(data_dir), "out_dir": str(out_dir), "optimizer": optimizer, "max_steps": steps,
+        "dtype": "fp32", "learning_rate": {"lars": 1.0, "lamb": 1e-2}.get(optimizer, 2e-3),
+        "micro_batch_size": micro_batch_size, "eval_every": 1000, "save_every": 1000, "eval_rows": 2,
+        "eval_documents": 2, "samples": 0, "weight_decay": 1e-2})
     model = train(config, ranks)
     lines = [json.loads(line) for line in open(f"{out_dir}/log.jsonl", encoding="utf-8")]
     return [line["loss"] for line in lines if "loss" in line], model.state_dict()
 
 
 def runs_on(ranks, data_dir, out, optimizers, steps, micro_batch_size):
-    return {name: short_run(ranks, data_dir, f"{out}/{name}-{ranks.world_size}", name, steps if name != "muon" else 1,
-                            micro_batch_size) for name in optimizers}
+    return {name: short_run(ranks, data_dir, f"{out}/{name}-{ranks.world_size}", name,
+                            steps if name != "muon" else 1, micro_batch_size) for name in optimizers}
 
 
 def gradients_on(ranks, micro_batch_sizes):
@@ -169,7 +175,8 @@ def shards(tmp_path_factory):
 
 
 def test_two_ranks_give_the_gradient_of_one(tmp_path):
-    for rank in on_ranks(2, gradients_on, TrainingConfig(device="cpu", dtype="fp32", compile=False), ([1, 2, 4],), tmp_path):
+    for rank in on_ranks(2, gradients_on, TrainingConfig(device="cpu", dtype="fp32", compile=False),
+                         ([1, 2, 4],), tmp_path):
         for found in rank:
             assert_same_gradients(found, whole_batch_gradients())
 
@@ -213,7 +220,8 @@ def one_step(ranks, scaler, poison=False):
     model, (ids, targets) = LanguageModel(TINY), ragged_batch()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    accumulate(model, lambda m, i, t: m(i, t), (ids, targets), 4, (targets != IGNORE_INDEX).sum(), ranks, scaler, 0, 0)
+    accumulate(model, lambda m, i, t: m(i, t), (ids, targets), 4, (targets != IGNORE_INDEX).sum(), ranks,
+               scaler, 0, 0)
     if poison:
         next(model.parameters()).grad[0, 0] = math.inf
     norm = clip_and_step(optimizer, model.parameters(), scaler, 1.0)
@@ -222,17 +230,18 @@ def one_step(ranks, scaler, poison=False):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_a_step_in_each_precision(dtype):
-    """bf16 and fp16 steps have fp32's gradient norm within their rounding; weights and gradients stay fp32."""
+    """bf16 and fp16 steps have fp32's gradient norm within rounding; weights and gradients stay fp32."""
     exact, _ = one_step(Ranks(), loss_scaler(Ranks()))
     ranks = Ranks(dtype=dtype)
     norm, moved = one_step(ranks, loss_scaler(ranks))
-    assert norm == pytest.approx(exact, rel={torch.float32: 1e-6, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype])
+    assert norm == pytest.approx(
+        exact, rel={torch.float32: 1e-6, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype])
     assert all(d.dtype == torch.float32 and d.abs().max() > 0 for d in moved.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_step_that_overflowed_is_not_taken(dtype):
-    """Weights and moments stay as they were; fp16's loss scale is halved, and grows after enough good steps."""
+    """Weights and moments stay as they were; fp16's loss scale halves, and grows after enough good steps."""
     ranks = Ranks(dtype=dtype)
     scaler = loss_scaler(ranks)
     before = scaler.get_scale()
@@ -292,6 +301,8 @@ def test_verdict_tells_over_and_underfitting():
     falling = [[5.0, 5.0], [4.0, 4.1], [3.5, 3.7]]
     assert verdict(falling[:1]).startswith("first look")
     assert verdict(falling).startswith("still learning")
-    assert verdict(falling + [[3.5, 3.7]]).startswith("level") and "underfitting" in verdict(falling + [[3.5, 3.7]])
+    assert (verdict(falling + [[3.5, 3.7]]).startswith("level")
+            and "underfitting" in verdict(falling + [[3.5, 3.7]]))
     assert verdict(falling + [[3.0, 3.69]]).startswith("memorising")
-    assert verdict(falling + [[2.0, 3.9]]).startswith("overfitting") and "evaluation 3" in verdict(falling + [[2.0, 3.9]])
+    assert (verdict(falling + [[2.0, 3.9]]).startswith("overfitting")
+            and "evaluation 3" in verdict(falling + [[2.0, 3.9]]))
