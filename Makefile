@@ -14,7 +14,7 @@ DATA ?= data/stand_in.txt
 VOCAB ?= 1024
 STEPS ?= 300
 
-.PHONY: setup setup-extra demo results test test-all clean
+.PHONY: setup setup-extra demo test test-all clean
 
 setup: $(VENV)/.installed
 setup-extra: $(VENV)/.installed-extra

@@ -24,7 +24,7 @@ from model import (MAX_LOGITS, LanguageModel, ModelConfig, count_params, flops_p
                    training_memory)
 from optim import make_optimizer
 from tokenizer import Tokenizer
-from training import (KEPT, MetricLog, NonFinite, Stop, TrainingConfig, accumulate, at_least, autocast,
+from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, accumulate, at_least, autocast,
                       batch_sizes, check, clip_and_step, draw_seed, free_memory, intervals, loss_scaler,
                       lr_at, matmul_peak, start_ranks, wrap)
 
@@ -268,4 +268,4 @@ def verdict(history):
 
 
 if __name__ == "__main__":
-    run(lambda: main(parse_config(PretrainConfig, presets=PRESETS, kept=KEPT)))
+    run(lambda: main(parse_config(PretrainConfig, presets=PRESETS, kept=RESUMABLE)))

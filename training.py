@@ -28,7 +28,7 @@ from optim import computes_bf16
 
 SCHEDULES = ("cosine", "linear", "polynomial", "wsd", "constant")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KEPT = ("max_steps", "micro_batch_size", "device", "threads", "skip_steps")     # may change on --resume
+RESUMABLE = ("max_steps", "micro_batch_size", "device", "threads", "skip_steps")     # may change on --resume
 NONFINITE_STEPS = 20                            # this many in a row end a run
 
 

@@ -11,7 +11,7 @@ from ranks import on_ranks
 import training
 from cli import UserError
 from model import IGNORE_INDEX, LanguageModel, ModelConfig
-from pretrain import PRESETS, PretrainConfig, train, verdict
+from pretrain import PRESETS, PretrainConfig, built_in_data, train, verdict
 from training import (DTYPES, MetricLog, NonFinite, Ranks, TrainingConfig, accumulate, batch_sizes, check,
                       clip_and_step, intervals, loss_scaler, lr_at, pick_dtype)
 
@@ -169,7 +169,6 @@ def gradients_on(ranks, micro_batch_sizes):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """Shards of the built-in text."""
-    from pretrain import built_in_data
     out = tmp_path_factory.mktemp("shards")
     return built_in_data(PretrainConfig(out_dir=str(out)), Ranks())
 
