@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -370,7 +371,8 @@ class Stop:
 
 # ---- what the machine can do
 
-def matmul_peak(device, dtype, seconds=0.3):
+@cache
+def matmul_peak(device, dtype, seconds=1.0):
     """FLOP/s of a large square matmul in dtype, measured: what MFU is a share of."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
