@@ -12,7 +12,7 @@ OUT ?= out
 SIZE ?= quick-1mb
 DATA ?= data/stand_in.txt
 VOCAB ?= 1024
-STEPS ?= 300
+STEPS ?= 60
 
 .PHONY: setup setup-extra demo test test-all clean
 
@@ -32,7 +32,8 @@ $(VENV)/.installed-extra: requirements-extra.txt $(VENV)/.installed
 demo: setup
 	$(PY) tokenizer.py --input $(DATA) --vocab_size $(VOCAB) --out_dir $(OUT)/tokenizer
 	$(PY) -m data.prepare --input $(DATA) --tokenizer $(OUT)/tokenizer --out_dir $(OUT)/data
-	$(PY) pretrain.py --config $(SIZE) --data_dir $(OUT)/data --out_dir $(OUT)/pretrain --max_steps $(STEPS)
+	$(PY) pretrain.py --config $(SIZE) --data_dir $(OUT)/data --out_dir $(OUT)/pretrain \
+		--max_steps $(STEPS) --warmup_steps 10 --eval_every 30
 	$(PY) generate.py --model $(OUT)/pretrain --samples 5
 
 test: setup-extra

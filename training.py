@@ -466,9 +466,12 @@ class MetricLog:
 
     def close(self):
         """Close what open() opened."""
-        for thing in (self.file, self.bar, self.board):
+        for thing in (self.bar, self.board):
             if thing is not None:
                 thing.close()
+        if self.file is not None:
+            with about(self.file.name):                     # on a full disk, closing fails once more
+                self.file.close()
         if self.wandb:
             self.wandb.finish()
 
