@@ -169,7 +169,11 @@ def preflight(config, ranks, forward, batch, micro_batch_size, data, sizes):
     if free and total > free:
         ranks.say(f"memory: this will hardly fit; lower --micro_batch_size {micro_batch_size}")
     peak = matmul_peak(ranks.device, ranks.dtype) * ranks.world_size
-    seconds = time_micro_batch(forward, [x[:micro_batch_size] for x in batch], ranks)
+    try:
+        seconds = time_micro_batch(forward, [x[:micro_batch_size] for x in batch], ranks)
+    except torch.OutOfMemoryError:
+        raise UserError(f"micro_batch_size {micro_batch_size} does not fit into the memory of {ranks.device}; lower "
+                        "it, the gradient stays the same")
     rows = int(np.broadcast_to(sizes, config.max_steps).sum())
     tokens, flops = rows * config.max_seq_len, flops_per_token(config, config.max_seq_len)
     ranks.say(f"tokens: {tokens:,} to train on, {tokens / data['train'].n_tokens:.1f} epochs of "

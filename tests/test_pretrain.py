@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import checkpoint
+import pretrain
 import training
 from batches import Shards, bits_per_byte
+from cli import UserError
 from pretrain import PRESETS, PretrainConfig, built_in_data, evaluate, open_data, train
 from training import Ranks
 
@@ -108,6 +110,14 @@ def test_init_from_takes_the_weights_and_starts_at_0(tmp_path, shards):
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight, atol=1e-6, rtol=0)
     assert losses(tmp_path / "b")[0] < losses(tmp_path / "a")[0] - 0.5
+
+
+def test_too_large_for_the_device_is_one_line(tmp_path, shards, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(pretrain, "time_micro_batch", full)
+    with pytest.raises(UserError, match="micro_batch_size 8 does not fit"):
+        train(config_of(shards, tmp_path), Ranks())
 
 
 def test_a_broken_compiler_is_no_hindrance(monkeypatch, capsys):
