@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def begin(config, model, optimizer, scaler, tokenizer, ranks):
 
     Returns the run's state: {"step", "tokens", and what the stage put there}.
     """
+    git_commit()                                # of the source as it is now: files may be edited during the run
     out_dir = Path(config.out_dir)
     if not config.resume and any(out_dir.glob("checkpoints/[0-9]*")):
         raise UserError(f"--out_dir {out_dir} holds a run already; go on with --resume or choose another "
@@ -241,6 +243,7 @@ def load_weights(model, state, path):
     model.load_state_dict(state)
 
 
+@cache
 def git_commit():
     """The commit of the source that runs, with "+" when files differ from it; "" outside a checkout."""
     def git(*args):
