@@ -194,7 +194,7 @@ def test_two_ranks_train_as_one(tmp_path, shards, steps=20):
         for key, weight in one[name][1].items():
             torch.testing.assert_close(two[0][name][1][key], two[1][name][1][key], atol=0, rtol=0)
             difference = (two[0][name][1][key] - weight).norm() / weight.norm()
-            assert difference < tolerance, (name, key, difference)
+            assert difference < 2 * tolerance, (name, key, difference)
 
 
 @pytest.mark.full
