@@ -81,7 +81,7 @@ def save(out_dir, step, config, model_state, training_state, tokenizer, best=Fal
     write(path, record, {"model.pt": model_state, "training.pt": training_state}, tokenizer)
     if best:
         write_file(out_dir / "best", lambda file: file.write(path.name.encode()))
-    for old in sorted(path.parent.glob("[0-9]*[0-9]"))[:-KEPT]:
+    for old in checkpoints(out_dir)[:-KEPT]:
         if old.name != best_name(out_dir) and old.name < path.name:
             # Renamed first: there is never half a checkpoint by its name.
             doomed = old.rename(old.with_name(f".tmp-{old.name}-removed"))
@@ -166,9 +166,14 @@ def problem(path):
     return f"{broken[0]} does not match its checksum" if broken else ""
 
 
+def checkpoints(out_dir):
+    """Checkpoint directories under out_dir, oldest first; those set aside as broken are none."""
+    return sorted(path for path in Path(out_dir).glob("checkpoints/*") if path.name.isdigit())
+
+
 def newest(out_dir, say=print):
     """The newest checkpoint under out_dir that verifies, or None; broken ones are named and passed over."""
-    for path in sorted(Path(out_dir).glob("checkpoints/[0-9]*[0-9]"), reverse=True):
+    for path in reversed(checkpoints(out_dir)):
         wrong = problem(path)
         if not wrong:
             return path
