@@ -142,12 +142,17 @@ def open_data(config, ranks):
 
 
 def built_in_data(config, ranks):
-    """Tokenizer and shards of the text that comes with the project, made once under out_dir; for --smoke."""
-    from data.prepare import STAND_IN, prepare
+    """Tokenizer and shards of a little text of the story world, made once under out_dir; for --smoke."""
+    from data.prepare import prepare
     from data.read import documents
-    data_dir = Path(config.out_dir) / "data"
+    from data.world import write_text
+    data_dir, text = Path(config.out_dir) / "data", Path(config.out_dir) / "text"
     if ranks.is_main and not data_dir.exists():
-        prepare(str(STAND_IN), Tokenizer.train(documents(STAND_IN), 512), data_dir, val_fraction=0.2)
+        write_text(text, 0.2, seed=0)
+        train, val = ([str(text / f"{split}.{language}.txt") for language in ("en", "zh")] for split in ("train", "val"))
+        tokenizer = Tokenizer.train((d for path in train for d in documents(path)), 512)
+        prepare(",".join(train), tokenizer, data_dir, val_input=",".join(val),
+                entropy_bound=str(text / "entropy_bound.json"))
     ranks.barrier()
     return str(data_dir)
 
@@ -205,6 +210,10 @@ def look(config, model, data, tokenizer, ranks, state, log, whole):
     log.write(state["step"], **found)
     ranks.say(f"evaluation at step {state['step']}: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
     ranks.say(f"fit: {verdict(state['history'])}")
+    for language, bound in (data["val"].meta["entropy_bound"] or {}).items():
+        bits = found.get(f"bits_per_byte_{language}", found["bits_per_byte"])
+        ranks.say(f"bound: {language} {bits:.4f} bits/byte, no model can beat {bound:.4f} on average: "
+                  f"excess {bits - bound:.4f}, {bits / bound:.3f} times the bound")
     if ranks.is_main and config.samples:
         seeds = [draw_seed(config.seed, "samples", i) for i in range(config.samples)]
         eot = tokenizer.eot_id

@@ -25,7 +25,6 @@ from cli import UserError, option, parse_config, progress_bar, run
 from data.read import SEPARATOR, TEXT_KEYS, documents, language_of
 from tokenizer import Tokenizer
 
-STAND_IN = Path(__file__).with_name("stand_in.txt")
 BATCH_CHARS = 1_000_000     # characters encoded at once
 MAX_WEIGHT = 1000
 
@@ -33,11 +32,14 @@ MAX_WEIGHT = 1000
 @dataclass
 class PrepareConfig:
     """Turn text files into token shards for training and validation."""
-    input: str = option("data/stand_in.txt", "files FILE[:WEIGHT],...; .txt .jsonl .tsv .csv, also + .gz; "
+    input: str = option("out/text/train.en.txt,out/text/train.zh.txt", "files FILE[:WEIGHT],...; .txt .jsonl .tsv .csv, also + .gz; "
                         "weight 2 repeats a file's training documents, 0.3 keeps 3 in 10 of them")
     tokenizer: str = option("out/tokenizer", "directory of the tokenizer")
     out_dir: str = option("out/data", "directory to make; may exist if it is empty")
     val_fraction: float = option(0.05, "share of documents for validation, chosen by a hash of their text")
+    val_input: str = option("", "instead, validation documents are those of these files, and all others train")
+    entropy_bound: str = option("", "file with the bits/byte that no model can beat, {language: bits}, for "
+                                "meta.json; python -m data.world writes one")
     val_tail: float = option(0.0, "instead, take this share at the end of each file for validation; 0 = off")
     document_separator: str = option(SEPARATOR, "line between two documents of a .txt file")
     text_key: str = option(TEXT_KEYS, "keys of a .jsonl record; the first that is there holds the text")
@@ -50,6 +52,9 @@ class PrepareConfig:
             raise UserError(f"--val_fraction {self.val_fraction} must lie between 0 and 1")
         if not 0 <= self.val_tail < 1:
             raise UserError(f"--val_tail {self.val_tail} must be at least 0 (off) and less than 1")
+        if self.val_input and self.val_tail:
+            raise UserError(f"--val_tail {self.val_tail} and --val_input {self.val_input} exclude each other; leave "
+                            "one out")
         if self.shard_tokens < 1:
             raise UserError(f"--shard_tokens {self.shard_tokens} must be at least 1")
 
@@ -58,6 +63,7 @@ class Source(NamedTuple):
     """One input file."""
     path: str
     weight: float
+    split: str = ""             # "train" or "val" where files are given for each
 
 
 class Document(NamedTuple):
@@ -77,21 +83,37 @@ def prepare(input, tokenizer, out_dir, **options):
     """
     config = PrepareConfig(input=str(input), out_dir=str(out_dir), **options)
     sources = parse_sources(config.input)
+    if config.val_input:
+        sources = ([s._replace(split="train") for s in sources]
+                   + [s._replace(split="val") for s in parse_sources(config.val_input, "--val_input")])
+    bound = read_bound(config.entropy_bound) if config.entropy_bound else None
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
     with finished_directory(config.out_dir) as directory:
         writer = ShardWriter(directory, tokenizer, config.shard_tokens)
         counts = write_documents(writer, tokenizer, sources, config)
         meta = {"vocab_size": tokenizer.vocab_size, "dtype": writer.dtype.name,
                 "tokenizer_sha256": tokenizer.sha256,
-                "files": writer.finish(), "sources": [{**s._asdict(), "counts": counts[s]} for s in sources],
-                "seed": config.seed, "entropy_bound": None}
+                "files": writer.finish(), "sources": [{"path": s.path, "weight": s.weight, "counts": counts[s]} for s in sources],
+                "seed": config.seed, "entropy_bound": bound}
         tokenizer.save(directory / "tokenizer")
         text = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
         (directory / "meta.json").write_text(text, encoding="utf-8")
     return meta
 
 
-def parse_sources(input):
+def read_bound(path):
+    """{language: bits/byte} from a file."""
+    try:
+        bound = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(bound, dict) and all(isinstance(x, float) and x > 0 for x in bound.values()):
+            return bound
+    except ValueError:
+        pass
+    raise UserError(f"--entropy_bound {path}: not {{language: bits/byte}} in JSON; python -m data.world --out_dir "
+                    "writes one")
+
+
+def parse_sources(input, flag="--input"):
     """"a.txt,b.txt:0.5" -> [Source("a.txt", 1.0), Source("b.txt", 0.5)]."""
     sources = []
     for part in input.split(","):
@@ -101,11 +123,11 @@ def parse_sources(input):
         except ValueError:                                      # no weight; a colon may be part of the name
             source = Source(part.strip(), 1.0)
         if not 0 < source.weight <= MAX_WEIGHT:
-            raise UserError(f"--input {part}: the weight must be above 0 and at most {MAX_WEIGHT}")
+            raise UserError(f"{flag} {part}: the weight must be above 0 and at most {MAX_WEIGHT}")
         if not Path(source.path).is_file():
-            raise UserError(f"--input {source.path}: no such file")
+            raise UserError(f"{flag} {source.path}: no such file")
         if source.path in [s.path for s in sources]:
-            raise UserError(f"--input {source.path} is given twice; give it once with a weight")
+            raise UserError(f"{flag} {source.path} is given twice; give it once with a weight")
         sources.append(source)
     return sources
 
@@ -139,6 +161,9 @@ def encoded_copies(tokenizer, sources, config, on_read):
 
 def split_documents(sources, config, on_read):
     """Yield ("train" or "val", Document) over all sources."""
+    if config.val_input:
+        yield from ((source.split, d) for source in sources for d in read_source(source, config, on_read))
+        return
     if not config.val_tail:
         everything = (d for source in sources for d in read_source(source, config, on_read))
         yield from split_by_hash(everything, config.val_fraction, config.seed)

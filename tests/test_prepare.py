@@ -17,7 +17,7 @@ import pytest
 
 from batches import Shards
 from cli import UserError
-from data.prepare import STAND_IN, Document, Source, n_copies, parse_sources, prepare, split_by_hash, summary
+from data.prepare import Document, Source, n_copies, parse_sources, prepare, split_by_hash, summary
 from data.read import LOOK_AHEAD, documents, language_of
 from tokenizer import Tokenizer
 
@@ -208,11 +208,12 @@ def test_split_does_not_move_when_files_are_added(tmp_path):
 
 
 def test_tiny_inputs_have_validation_of_each_language(tmp_path):
+    tiny = txt(tmp_path / "tiny.txt", english(15) + chinese(15))
     for seed in range(20):
-        meta = prepare(STAND_IN, TOKENIZER, tmp_path / str(seed), seed=seed)
+        meta = prepare(tiny, TOKENIZER, tmp_path / str(seed), seed=seed)
         train, val = (written(tmp_path / str(seed), s) for s in ("train", "val"))
         assert {language for _, language in val} == {language for _, language in train} == {"en", "zh"}
-        assert sorted(t for t, _ in train + val) == sorted(documents(STAND_IN))
+        assert sorted(t for t, _ in train + val) == sorted(documents(tiny))
         assert meta["entropy_bound"] is None
 
 
@@ -418,7 +419,7 @@ def test_interrupt_leaves_nothing(tmp_path, monkeypatch):
 
 def test_empty_out_dir_is_used(tmp_path):
     (tmp_path / "out").mkdir()
-    prepare(STAND_IN, TOKENIZER, tmp_path / "out")
+    prepare(txt(tmp_path / "a.txt", english(20)), TOKENIZER, tmp_path / "out")
     assert (tmp_path / "out/meta.json").is_file()
 
 
@@ -426,3 +427,25 @@ def test_sources_are_parsed(tmp_path):
     a, b = write(tmp_path / "a.txt", "a"), write(tmp_path / "b:2.txt", "b")
     assert parse_sources(f"{a}, {b}") == [Source(str(a), 1.0), Source(str(b), 1.0)]
     assert parse_sources(f"{b}:0.5") == [Source(str(b), 0.5)]
+
+
+def test_validation_files_and_the_bound(tmp_path):
+    """With --val_input every document of --input trains and every one of --val_input validates; the bound is passed on."""
+    train, val = txt(tmp_path / "train.txt", english(30) + chinese(5)), txt(tmp_path / "val.txt", english(9, 5))
+    bound = write(tmp_path / "bound.json", '{"en": 0.31, "zh": 0.29}')
+    meta = prepare(train, TOKENIZER, tmp_path / "out", val_input=str(val), entropy_bound=str(bound))
+    assert {t for t, _ in written(tmp_path / "out", "train")} == {*english(30), *chinese(5)}
+    assert {t for t, _ in written(tmp_path / "out", "val")} == set(english(9, 5))
+    assert meta["entropy_bound"] == {"en": 0.31, "zh": 0.29}
+    assert [s["counts"][0]["split"] for s in meta["sources"]] == ["train", "val"]
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(val_input="gone.txt"), "--val_input gone.txt"), (dict(val_input="a.txt", val_tail=0.1), "exclude each other"),
+    (dict(entropy_bound="a.txt"), "--entropy_bound a.txt")])
+def test_bad_validation_files(tmp_path, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt", "[1]")
+    with pytest.raises(UserError, match=said):
+        prepare("a.txt", TOKENIZER, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,384 @@
+"""The story world: tales whose facts, words and entropy are known exactly.
+
+    python -m data.world --stories 5 --language zh
+
+A tale is made in two steps: facts are drawn (who, where, what happens), then told by the rules of
+data/grammar/ in English or Chinese. One grammar has three readings here: `tell` walks it at random, `expected`
+sums over all walks by recursion, `Recogniser` runs it backwards. It draws with Python's Mersenne Twister,
+whose random() is the same on every platform. Not here: questions about tales (instructions.py), marks (gold.py).
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from cli import UserError, about, option, parse_config, run
+from data.read import SEPARATOR, language_of
+from data.rules import CAPITAL, CORE, LANGUAGES, ROLES, Choice, Grammar, Ref, Slot, check, load
+
+SHORT = 0.2                 # share of tales told in two or three sentences
+HELD_OUT = 20               # one combination of core facts in so many is kept for validation
+
+
+class Story(NamedTuple):
+    """A tale, what is true in it, and the log2 of the probability of the choices that made it."""
+    text: str
+    facts: dict             # {"plot", "form": "full" | "short", role: key of its row, ...}
+    log2_probability: float
+
+
+# ---- first reading: draw facts, tell a tale
+
+def generator(*seed):
+    """A random.Random that depends on its arguments alone."""
+    return random.Random(int.from_bytes(hashlib.sha256(json.dumps(seed).encode()).digest(), "big"))
+
+
+def draw_facts(draw, grammar, form=""):
+    """Facts of a tale; every role of the drawn plot and form (which is drawn, too, unless it is given)."""
+    plots = list(grammar.plots)
+    facts = {"plot": plots[int(draw.random() * len(plots))],
+             "form": form or ("short" if draw.random() < SHORT else "full")}
+    plot = facts["plot"]
+    for role in grammar.roles[facts["form"]][plot]:
+        pool = grammar.pool(plot, role)
+        if role == "friend":
+            pool = [key for key in pool if key != facts["hero"]]
+        facts[role] = pool[int(draw.random() * len(pool))]
+    return facts
+
+
+def split_of(facts):
+    """"val" for one combination of core facts in HELD_OUT, else "train"."""
+    core = json.dumps([facts[role] for role in CORE])
+    return "val" if int(hashlib.sha256(core.encode()).hexdigest(), 16) % HELD_OUT == 0 else "train"
+
+
+def fact_bits(grammar, facts):
+    """Bits of the draw of these facts, by kind: the plot and its frame, or names and things."""
+    bits = {"plot": math.log2(len(grammar.plots)) - math.log2(SHORT if facts["form"] == "short" else 1 - SHORT),
+            "things": 0.0}
+    for role in grammar.roles[facts["form"]][facts["plot"]]:
+        pool = grammar.pool(facts["plot"], role)
+        size = len(pool) - (role == "friend" and facts["hero"] in pool)
+        bits["plot" if role in ("before", "after", "lesson") else "things"] += math.log2(size)
+    return bits
+
+
+def tell(facts, language, draw, name=None, grammar=None):
+    """Tell facts by the rule `name` (a tale of facts["form"] by default); returns (text, bits of the telling)."""
+    grammar = grammar or load()
+    plot, out, bits = facts["plot"], [], 0.0
+    forms = {role: grammar.row(role, facts[role])[language] for role in ROLES if role in facts}
+
+    def walk(nodes):
+        nonlocal bits
+        for node in nodes:
+            kind = type(node)
+            if kind is str:
+                out.append(node)
+            elif kind is Slot:
+                out.append(forms[node.role][node.form])
+            else:
+                if kind is Ref:
+                    suffix = f".{facts[node.role]}" if node.role else ""
+                    node = grammar.rule(language, plot, node.name + suffix)
+                chosen, b = node.picks[int(draw.random() * len(node.picks))]
+                bits += b
+                walk(chosen)
+
+    walk([Ref(name or facts["form"], "")])
+    return capitals("".join(out)), bits
+
+
+def capitals(text):
+    """Carry out the marks for capitals."""
+    return re.sub(f"{CAPITAL}+(.)", lambda match: match[1].upper(), text)
+
+
+def story(seed, language, split="train", grammar=None):
+    """The tale number `seed` of a split. The same seed has the same facts in both languages.
+
+    Its probability is that of the unconditioned draw: which combinations are held out is not part of it.
+    """
+    if language not in LANGUAGES:
+        raise UserError(f"language {language!r} must be one of {', '.join(LANGUAGES)}")
+    if split not in ("train", "val"):
+        raise UserError(f"split {split!r} must be train or val")
+    grammar = grammar or load()
+    draw = generator("facts", seed, split)
+    facts = draw_facts(draw, grammar)
+    while split_of(facts) != split:
+        facts = draw_facts(draw, grammar)
+    text, bits = tell(facts, language, generator("words", seed, split, language), grammar=grammar)
+    return Story(text, facts, -bits - sum(fact_bits(grammar, facts).values()))
+
+
+# ---- second reading: expectations over all tales
+
+def expected(language, grammar=None):
+    """Exact means over all tales: {"bits", "bytes", "bits_per_byte", "by_kind": {kind: bits}}.
+
+    By recursion over the rules. Lengths and bits add up, so the mean of a line is the sum of the means of its
+    parts, each under the marginal of the one role that it depends on; no independence between roles is needed.
+    bits_per_byte = E[bits] / E[bytes] bounds the entropy of the text from above: two derivations may give one text.
+    """
+    grammar = grammar or load()
+    kinds, n_bytes = Counter(), 0.0
+    for plot in grammar.plots:
+        for form, share in ("full", 1 - SHORT), ("short", SHORT):
+            weight, roles = share / len(grammar.plots), grammar.roles[form][plot]
+            given = {role: {key: 1 / len(grammar.pool(plot, role)) for key in grammar.pool(plot, role)}
+                     for role in roles}
+            given["friend"] = friend_given(given["hero"], grammar.pool(plot, "friend"))
+            mean = fact_means(grammar, plot, form, given)
+            words, length = Mean(grammar, language, plot).of(Ref(form, ""), given)
+            kinds.update({"plot": weight * mean["plot"], "things": weight * mean["things"],
+                          "phrasing": weight * words})
+            n_bytes += weight * length
+    bits = sum(kinds.values())
+    return {"bits": bits, "bytes": n_bytes, "bits_per_byte": bits / n_bytes, "by_kind": dict(kinds)}
+
+
+def friend_given(heroes, pool):
+    """The marginal of a friend who is not the hero."""
+    given = dict.fromkeys(pool, 0.0)
+    for hero, p in heroes.items():
+        rest = [key for key in pool if key != hero]
+        for key in rest:
+            given[key] += p / len(rest)
+    return given
+
+
+def fact_means(grammar, plot, form, given):
+    """Mean of fact_bits over the heroes (the friend's pool is one smaller if the hero is in it)."""
+    mean = Counter()
+    for hero, p in given["hero"].items():
+        for kind, bits in fact_bits(grammar, {"plot": plot, "form": form, "hero": hero}).items():
+            mean[kind] += p * bits
+    return mean
+
+
+class Mean:
+    """Mean (bits, bytes) of nodes of one plot; `given` is the marginal of each role: {role: {key: probability}}."""
+
+    def __init__(self, grammar, language, plot):
+        self.grammar, self.language, self.plot, self.known = grammar, language, plot, {}
+
+    def of(self, node, given):
+        """(bits, bytes) of a node."""
+        if isinstance(node, str):
+            return 0.0, len(node.strip(CAPITAL).encode())
+        if isinstance(node, Slot):
+            return 0.0, sum(p * len(self.grammar.row(node.role, key)[self.language][node.form].encode())
+                            for key, p in given[node.role].items())
+        if isinstance(node, Ref) and node.role:
+            parts = [(p, self.of(Ref(f"{node.name}.{key}", ""), {**given, node.role: {key: 1.0}}))
+                     for key, p in given[node.role].items()]
+            return tuple(sum(p * mean[i] for p, mean in parts) for i in range(2))
+        if isinstance(node, Ref):
+            key = node.name, tuple((role, *given[role]) for role in given if len(given[role]) == 1)
+            if key not in self.known:
+                self.known[key] = self.of(self.grammar.rule(self.language, self.plot, node.name), given)
+            return self.known[key]
+        bits, n_bytes = node.entropy, 0.0
+        for weight, line in zip(node.weights, node.lines):
+            parts = [self.of(part, given) for part in line.nodes]
+            bits += weight * sum(b for b, _ in parts)
+            n_bytes += weight * sum(n for _, n in parts)
+        return bits, n_bytes
+
+
+# ---- third reading: which sentences can the grammar produce?
+
+SENTENCE = {    # a quotation ends the sentence if it was announced, or if no speaker follows
+    "en": re.compile(r'(?:"[^"]*"|[^.!?"]|[.!?](?=\w))*?'
+                     r'(?:[.!?]+(?=\s|$)|(?<=[,:] )"[^"]*[.!?]"|"[^"]*[.!?]"(?=\s+[A-Z"]|$)|$)\s*'),
+    "zh": re.compile(r"(?:“[^”]*”|[^。！？“])*?(?:[。！？]|(?<=[：，])“[^”]*”|$)\s*")}
+
+
+def sentences(text, language):
+    """Split a text into its sentences."""
+    return [part.strip() for part in SENTENCE[language].findall(text.strip()) if part.strip()]
+
+
+class Recogniser:
+    """Says of each sentence of a text whether the grammar can produce it, with one set of facts.
+
+    What users say (rules named ask.*) is left out.
+    """
+
+    def __init__(self, language, grammar=None):
+        self.language, self.grammar = language, grammar or load()
+        self.union, self.units, self.knows = {}, [], lru_cache(50_000)(self.knows)
+        for (plot, name), rule in self.grammar.rules[language].items():
+            self.union.setdefault(name, []).extend((line, plot) for line in rule.lines)
+            if not name.startswith("ask."):
+                self.units += [(literals(nodes), nodes, plot) for line in rule.lines for nodes in units(line.nodes)]
+
+    def accepted(self, text):
+        """[(sentence, True or False)] in the order of the text."""
+        return [(sentence, self.knows(sentence)) for sentence in sentences(text, self.language)]
+
+    def knows(self, sentence):
+        """Whether the grammar can produce this one sentence."""
+        return any(all(word in sentence for word in needed) and self.fits(nodes, plot, sentence)
+                   for needed, nodes, plot in self.units)
+
+    def tells(self, text, name, facts):
+        """Whether a rule can tell the whole text with these facts; a role or plot that is not in them may be any."""
+        known = {role: {key} for role, key in facts.items() if role in ROLES}
+        return self.fits((Ref(name, ""),), facts.get("plot", ""), text, known)
+
+    def fits(self, nodes, plot, text, known={}):
+        """Whether the nodes can be the whole text, hero and friend being two."""
+        for _, end, found in self.match(nodes, plot, text, 0, known):
+            same = len(found.get("hero", ())) == 1 and found["hero"] == found.get("friend")
+            if end == len(text) and not same:
+                return True
+        return False
+
+    def match(self, nodes, plot, text, at, known):
+        """Yield (text, position after the nodes, {role: keys that it may have}) for each way they fit at `at`."""
+        if not nodes:
+            yield text, at, known
+            return
+        for text_, at_, known_ in self.match_one(nodes[0], plot, text, at, known):
+            yield from self.match(nodes[1:], plot, text_, at_, known_)
+
+    def match_one(self, node, plot, text, at, known):
+        """The same for one node."""
+        if node == CAPITAL:
+            letter = text[at:at + 1]
+            if not letter.islower():
+                yield text, at, known
+            if letter.isupper():                            # the grammar may have it small
+                yield text[:at] + letter.lower() + text[at + 1:], at, known
+        elif isinstance(node, str):
+            if text.startswith(node, at):
+                yield text, at + len(node), known
+        elif isinstance(node, Slot):
+            by_form = {}
+            for key in known.get(node.role) or self.grammar.pool(plot, node.role):
+                by_form.setdefault(self.grammar.row(node.role, key)[self.language].get(node.form), set()).add(key)
+            for form, keys in by_form.items():
+                if form and text.startswith(form, at):
+                    yield text, at + len(form), {**known, node.role: frozenset(keys)}
+        elif isinstance(node, Choice):
+            for line in node.lines:
+                yield from self.match(line.nodes, plot, text, at, known)
+        elif node.role:
+            for key in known.get(node.role) or self.grammar.pool(plot, node.role):
+                yield from self.match_rule(f"{node.name}.{key}", plot, text, at, {**known, node.role: {key}})
+        else:
+            yield from self.match_rule(node.name, plot, text, at, known)
+
+    def match_rule(self, name, plot, text, at, known):
+        """The rule as the plot has it; where the plot is not known (""), as any has it."""
+        if plot:
+            yield from self.match_one(self.grammar.rule(self.language, plot, name), plot, text, at, known)
+        else:
+            for line, plot in self.union.get(name, ()):
+                yield from self.match(line.nodes, plot, text, at, known)
+
+
+def units(nodes):
+    """The sentences of a line, each a tuple of nodes that opens with CAPITAL; none if the line is no sentence."""
+    starts = [i for i, node in enumerate(nodes) if node == CAPITAL
+              and (i == 0 or isinstance(nodes[i - 1], str) and nodes[i - 1].rstrip()[-1:] in tuple(".!?。！？"))]
+    for start, end in zip(starts, [*starts[1:], len(nodes)]):
+        last = nodes[end - 1]
+        yield (*nodes[start:end - 1], last.rstrip()) if isinstance(last, str) else nodes[start:end]
+
+
+def literals(nodes):
+    """The literals that every text of these nodes has, the longest first."""
+    return sorted({node for node in nodes if isinstance(node, str) and node.strip(CAPITAL + " ")},
+                  key=len, reverse=True)
+
+
+def judge(text, recognisers):
+    """(language, [(sentence, accepted)]) of a text."""
+    language = language_of(text)
+    return language, recognisers[language].accepted(text) if language in recognisers else []
+
+
+# ---- command line
+
+@dataclass
+class WorldConfig:
+    """Print tales of the story world, write files of them, or say which sentences of a file it can produce."""
+    stories: int = option(3, "tales to print")
+    language: str = option("en", "en or zh")
+    split: str = option("train", "train, or val: combinations of facts that train never has")
+    seed: int = option(0, "number of the first tale")
+    out_dir: str = option("", "instead, write {train,val}.{en,zh}.txt and entropy_bound.json there")
+    megabytes: float = option(1.0, "text of each language to write for training; a 20th of it for validation")
+    recognise: str = option("", "instead, read tales from this file, parted by lines such as '--- 3', and say "
+                                "which sentences the grammar cannot produce")
+    tales: int = option(0, "of each language, to read from that file; 0 = all")
+    check: bool = option(False, "only read the grammar and list what is wrong with it")
+
+
+def main(config):
+    if config.check:
+        grammar = Grammar()
+        print(*grammar.problems + list(check(grammar)) or ["the grammar is sound"], sep="\n")
+    elif config.recognise:
+        report_recognised(config.recognise, config.tales)
+    elif config.out_dir:
+        write_text(config.out_dir, config.megabytes, config.seed)
+    else:
+        for seed in range(config.seed, config.seed + config.stories):
+            tale = story(seed, config.language, config.split)
+            facts = "  ".join(f"{role} {key}" for role, key in tale.facts.items())
+            print(f"{tale.text}\n  [{facts}; {-tale.log2_probability:.0f} bits in {len(tale.text.encode())} bytes]\n")
+
+
+def write_text(out_dir, megabytes, seed):
+    """Write files of tales for training and validation, and the bound on their entropy."""
+    if megabytes <= 0:
+        raise UserError(f"--megabytes {megabytes} must be above 0")
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    bound = {language: round(expected(language)["bits_per_byte"], 6) for language in LANGUAGES}
+    for language in LANGUAGES:
+        for split, size in ("train", megabytes), ("val", megabytes / 20):
+            n_bytes, number, temporary = 0, seed, out_dir / f".tmp-{split}.{language}.txt"
+            with about(temporary), open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                while n_bytes < size * 1e6:
+                    text = story(number, language, split).text
+                    n_bytes, number = n_bytes + len(text.encode()), number + 1
+                    file.write(f"{text}\n{SEPARATOR}\n")
+            os.replace(temporary, out_dir / f"{split}.{language}.txt")
+            print(f"{out_dir}/{split}.{language}.txt: {number - seed:,} tales, {n_bytes / 1e6:.2f} MB")
+    (out_dir / "entropy_bound.json").write_text(json.dumps(bound) + "\n", encoding="utf-8")
+    print("entropy bound, bits/byte: " + "  ".join(f"{k} {v:.4f}" for k, v in bound.items()))
+
+
+def report_recognised(path, n_tales):
+    """Print the sentences that the grammar cannot produce, and the share that it can, by language."""
+    recognisers = {language: Recogniser(language) for language in LANGUAGES}
+    texts = re.split(r"^--- \d+\n", Path(path).read_text(encoding="utf-8"), flags=re.M)
+    counts = {language: Counter() for language in LANGUAGES}
+    for language, found in (judge(text, recognisers) for text in texts if text.strip()):
+        if n_tales and counts[language]["tales"] == n_tales:
+            continue
+        counts[language].update(tales=1, sentences=len(found), accepted=sum(good for _, good in found))
+        print(*(f"{language}: not in the grammar: {sentence}" for sentence, good in found if not good), sep="\n")
+    for language, n in counts.items():
+        share = n["accepted"] / max(1, n["sentences"])
+        print(f"{language}: {n['accepted']} of {n['sentences']} sentences ({share:.0%}) of {n['tales']} tales "
+              "are of the grammar")
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse_config(WorldConfig)))
