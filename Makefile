@@ -9,10 +9,9 @@ endif
 PY := $(BIN)/python
 
 OUT ?= out
-SIZE ?= quick-1mb
-DATA ?= data/stand_in.txt
-VOCAB ?= 1024
-STEPS ?= 60
+SIZE ?= demo
+MEGABYTES ?= 4
+VOCAB ?= 4096
 
 .PHONY: setup setup-extra demo test test-all clean
 
@@ -28,13 +27,21 @@ $(VENV)/.installed-extra: requirements-extra.txt $(VENV)/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extra.txt
 	touch $@
 
-# The chain so far: text -> tokenizer -> shards -> pretraining -> texts of its own.
+TEXT := $(OUT)/text
+ifeq ($(SIZE),smoke)
+MEGABYTES := 0.3
+VOCAB := 1024
+endif
+
+# The chain so far: story world -> tokenizer -> shards -> pretraining -> tales of its own, judged by the grammar.
 demo: setup
-	$(PY) tokenizer.py --input $(DATA) --vocab_size $(VOCAB) --out_dir $(OUT)/tokenizer
-	$(PY) -m data.prepare --input $(DATA) --tokenizer $(OUT)/tokenizer --out_dir $(OUT)/data
-	$(PY) pretrain.py --config $(SIZE) --data_dir $(OUT)/data --out_dir $(OUT)/pretrain \
-		--max_steps $(STEPS) --warmup_steps 10 --eval_every 30
-	$(PY) generate.py --model $(OUT)/pretrain --samples 5
+	$(PY) -m data.world --out_dir $(TEXT) --megabytes $(MEGABYTES)
+	$(PY) tokenizer.py --input $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt --vocab_size $(VOCAB) --out_dir $(OUT)/tokenizer
+	$(PY) -m data.prepare --input $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt --val_input $(TEXT)/val.en.txt,$(TEXT)/val.zh.txt \
+		--entropy_bound $(TEXT)/entropy_bound.json --tokenizer $(OUT)/tokenizer --out_dir $(OUT)/data
+	$(PY) pretrain.py --config $(SIZE) --data_dir $(OUT)/data --out_dir $(OUT)/pretrain
+	$(PY) generate.py --model $(OUT)/pretrain --samples 40 --max_new_tokens 240 > $(OUT)/tales.txt
+	$(PY) -m data.world --recognise $(OUT)/tales.txt --tales 10
 
 test: setup-extra
 	$(PY) -m pytest

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from cli import UserError, about, option, parse_config, run
 from data.read import SEPARATOR, language_of
-from data.rules import CAPITAL, CORE, LANGUAGES, ROLES, Choice, Grammar, Ref, Slot, check, load
+from data.rules import CAPITAL, CORE, ENDS, LANGUAGES, ROLES, Choice, Grammar, Ref, Slot, check, load
 
 SHORT = 0.2                 # share of tales told in two or three sentences
 HELD_OUT = 20               # one combination of core facts in so many is kept for validation
@@ -225,12 +225,19 @@ class Recogniser:
                 self.units += [(literals(nodes), nodes, plot) for line in rule.lines for nodes in units(line.nodes)]
 
     def accepted(self, text):
-        """[(sentence, True or False)] in the order of the text."""
-        return [(sentence, self.knows(sentence)) for sentence in sentences(text, self.language)]
+        """[(sentence, True or False)] in the order of the text; a quotation may be one sentence with what follows."""
+        parts, found = sentences(text, self.language), []
+        while parts:
+            two = (" " if self.language == "en" else "").join(parts[:2])
+            n = 2 if len(parts) > 1 and parts[0][-1] in '"”' and not self.knows(parts[0]) and self.knows(two) else 1
+            found += [(part, n == 2 or self.knows(part)) for part in parts[:n]]
+            parts = parts[n:]
+        return found
 
     def knows(self, sentence):
         """Whether the grammar can produce this one sentence."""
-        return any(all(word in sentence for word in needed) and self.fits(nodes, plot, sentence)
+        small = sentence.lower()
+        return any(all(word in small for word in needed) and self.fits(nodes, plot, sentence)
                    for needed, nodes, plot in self.units)
 
     def tells(self, text, name, facts):
@@ -292,16 +299,21 @@ class Recogniser:
 
 def units(nodes):
     """The sentences of a line, each a tuple of nodes that opens with CAPITAL; none if the line is no sentence."""
-    starts = [i for i, node in enumerate(nodes) if node == CAPITAL
-              and (i == 0 or isinstance(nodes[i - 1], str) and nodes[i - 1].rstrip()[-1:] in tuple(".!?。！？"))]
-    for start, end in zip(starts, [*starts[1:], len(nodes)]):
-        last = nodes[end - 1]
-        yield (*nodes[start:end - 1], last.rstrip()) if isinstance(last, str) else nodes[start:end]
+    if nodes[0] != CAPITAL:
+        return
+    start, quoted = 0, 0
+    for i, node in enumerate(nodes):
+        if isinstance(node, str):
+            quoted = (quoted + node.count('"')) % 2 if '"' in node else quoted + node.count("“") - node.count("”")
+            if node == CAPITAL and i and not quoted and nodes[i - 1].rstrip()[-1:] in tuple(ENDS):
+                yield (*nodes[start:i - 1], nodes[i - 1].rstrip())
+                start = i
+    yield nodes[start:]
 
 
 def literals(nodes):
-    """The literals that every text of these nodes has, the longest first."""
-    return sorted({node for node in nodes if isinstance(node, str) and node.strip(CAPITAL + " ")},
+    """The literals that every text of these nodes has, in small letters, the longest first."""
+    return sorted({node.lower() for node in nodes if isinstance(node, str) and node.strip(CAPITAL + " ")},
                   key=len, reverse=True)
 
 

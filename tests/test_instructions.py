@@ -1,0 +1,121 @@
+"""Instructions: seven formats read as they are, right answers, held-out facts and words, the same bytes every time."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from batches import to_messages
+from cli import UserError
+from data.instructions import SHARES, InstructionsConfig, example, plan, write_files
+from data.rules import LANGUAGES, load
+from data.world import split_of
+
+FORMATS = {"tale": {"instruction", "output"}, "summary": {"instruction", "input", "output"}, "list": {"instruction", "input", "output"},
+           "continue": {"prompt", "completion"}, "translate": {"input", "target"}, "mood": {"text", "label"},
+           "about": {"entity", "facts"}, **dict.fromkeys(("who", "where", "what", "why"), {"question", "answer"})}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The files of a small run, and another run's bytes."""
+    runs = []
+    for name in ("one", "two"):
+        out = tmp_path_factory.mktemp(name)
+        write_files(InstructionsConfig(out_dir=str(out), examples=220, prompts=40))
+        runs.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert runs[0] == runs[1]
+    return {name: [json.loads(line) for line in data.decode().splitlines()] for name, data in runs[0].items()}
+
+
+def test_every_file_is_there(written):
+    assert sorted(written) == sorted([f"{kind}_{split}.jsonl" for kind in ("sft", "eval", "prompts")
+                                      for split in ("train", "val")] + ["requests.jsonl"])
+    assert len(written["sft_train.jsonl"]) == 220 and len(written["prompts_train.jsonl"]) == 40
+    ids = [r["id"] for r in written["requests.jsonl"]]
+    assert len(set(ids)) == len(ids)
+    for name in ("eval_train", "eval_val", "prompts_train", "prompts_val"):
+        assert {r["id"] for r in written[f"{name}.jsonl"]} <= set(ids)
+    assert all(set(r) == {"id", "messages"} for r in written["prompts_val.jsonl"])
+    assert all(set(r) == {"id", "task", "language", "messages", "references", "labels"} for r in written["eval_val.jsonl"])
+    for record in written["eval_val.jsonl"]:
+        assert record["messages"][-1]["role"] == "user" and all(record["references"])
+
+
+def test_wishes_stay_out_of_the_training_files(written):
+    """The structured request is gold's alone."""
+    for name, records in written.items():
+        if name != "requests.jsonl":
+            assert not any({"request", "facts", "elements"} <= set(record) for record in records if isinstance(record, dict))
+
+
+def test_all_formats_and_tasks_occur(written):
+    found = Counter("list" if isinstance(r, list) else tuple(sorted(r)) for r in written["sft_train.jsonl"])
+    assert set(found) == {"list", *(tuple(sorted(keys)) for keys in FORMATS.values())}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("task", SHARES)
+def test_examples(task, language):
+    """The format of the task; messages that are the record's; facts of the split."""
+    for split in ("train", "val"):
+        for seed in range(10):
+            found = example(seed, task, language, split)
+            assert found == example(seed, task, language, split)
+            messages = to_messages(found.record)
+            assert messages[:-1] == found.messages and messages[-1]["role"] == "assistant"
+            assert all(m["content"].strip() for m in messages)
+            assert split_of(found.request["facts"]) == split
+            if task != "chat":
+                assert set(found.record) == FORMATS[task]
+            json.dumps(found.request)
+
+
+def test_some_phrasings_are_held_out():
+    """Validation asks half the time in words that training never has."""
+    def asked(split):
+        return [example(seed, "who", "en", split).record["question"].split("\n")[1] for seed in range(80)]
+    shapes = {split: {q.replace(name, "X") for q in asked(split) for name in [next(
+        n["en"][""] for n in load().tables["character"].values() if n["en"][""] in q or n["en"][""] == "Nina")]}
+        for split in ("train", "val")}
+    new = [q for q in asked("val") if "Which friend" in q]
+    assert 20 <= len(new) <= 60 and not any("Which friend" in q for q in shapes["train"])
+
+
+def test_plan_follows_the_shares():
+    jobs = plan(len(LANGUAGES) * sum(SHARES.values()) * 5, SHARES)
+    counts = Counter(jobs)
+    assert counts == {(task, language): share * 5 for task, share in SHARES.items() for language in LANGUAGES}
+
+
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("record, messages", [
+    ({"messages": [{"role": "system", "content": "s"}, *MESSAGES], "label": "x", "text": "y"}, [{"role": "system", "content": "s"}, *MESSAGES]),
+    (MESSAGES, MESSAGES),
+    ({"entity": "Mars", "facts": [{"fact": "moons", "value": "two"}, {"fact": "colour", "value": "red"}]},
+     [{"role": "user", "content": "Tell me about Mars."},
+      {"role": "assistant", "content": "The moons of Mars is two. The colour of Mars is red."}]),
+    ({"entity": "火星", "facts": [{"fact": "颜色", "value": "红色"}]},
+     [{"role": "user", "content": "请介绍火星。"}, {"role": "assistant", "content": "火星的颜色是红色。"}]),
+    ({"instruction": "q", "output": "a"}, MESSAGES), ({"instruction": "q", "input": "", "output": "a", "question": "z", "answer": "z"}, MESSAGES),
+    ({"instruction": "q", "input": "more", "output": ["a", "b"]},
+     [{"role": "user", "content": "q\n\nmore"}, {"role": "assistant", "content": "1. a\n2. b"}]),
+    ({"question": "q", "answer": "a"}, MESSAGES), ({"prompt": "q", "completion": "a"}, MESSAGES),
+    ({"text": "fine", "label": 1}, [{"role": "user", "content": "Which label fits this text?\nfine"}, {"role": "assistant", "content": "1"}]),
+    ({"text": "很好", "label": "正面"}, [{"role": "user", "content": "这段文字应该标成什么？\n很好"}, {"role": "assistant", "content": "正面"}]),
+    ({"input": "q", "target": "a"}, MESSAGES)])
+def test_records_become_messages(record, messages):
+    """The table of formats, by hand; the first row whose keys are all there wins."""
+    assert to_messages(record) == messages
+
+
+def test_an_unknown_record_is_named():
+    with pytest.raises(UserError, match="keys foo, bar"):
+        to_messages({"foo": 1, "bar": 2})
+
+
+def test_bad_numbers_are_named():
+    with pytest.raises(UserError, match="--examples 3"):
+        InstructionsConfig(examples=3)
