@@ -55,13 +55,13 @@ def to_messages(record):
         return turns(f"{ask}\n{record['text']}", record["label"])
     if has("input", "target"):
         return turns(record["input"], record["target"])
-    raise UserError(f"a record with the keys {', '.join(map(str, record)) or '(none)'} is in none of the formats: "
-                    "messages; entity facts; instruction output; question answer; prompt completion; text label; "
-                    "input target")
+    raise UserError(f"a record with the keys {', '.join(map(str, record)) or '(none)'} is in none of the "
+                    "formats: messages; entity facts; instruction output; question answer; prompt "
+                    "completion; text label; input target")
 
 
 def in_chinese(text):
-    """Whether Chinese characters say more of a text than Latin letters; one of them says about as much as three."""
+    """Whether Chinese characters say more of a text than Latin letters; one says about as much as three."""
     han, latin = (sum(low <= c <= high for c in text) for low, high in ("\u4e00\u9fff", "az"))
     return 3 * han > latin
 
@@ -75,7 +75,8 @@ def entity_messages(entity, facts):
     """"Tell me about ENTITY." and one sentence a fact, in the language of the record."""
     if in_chinese(entity + "".join(f"{f['fact']}{f['value']}" for f in facts)):
         return turns(f"请介绍{entity}。", "".join(f"{entity}的{f['fact']}是{f['value']}。" for f in facts))
-    return turns(f"Tell me about {entity}.", " ".join(f"The {f['fact']} of {entity} is {f['value']}." for f in facts))
+    said = " ".join(f"The {f['fact']} of {entity} is {f['value']}." for f in facts)
+    return turns(f"Tell me about {entity}.", said)
 
 
 # ---- shards

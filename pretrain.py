@@ -29,9 +29,9 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
                       lr_at, matmul_peak, start_ranks, wrap)
 
 PRESETS = {     # a shape, and the lr, batch and length that suit it; the data decides max_steps
-    "demo": dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=352, max_seq_len=256, tie_embeddings=False,
-                 qk_norm=True, batch_size=8, max_steps=700, learning_rate=1e-2, warmup_steps=40, eval_every=350,
-                 eval_documents=100, save_every=350),
+    "demo": dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=352, max_seq_len=256,
+                 tie_embeddings=False, qk_norm=True, batch_size=8, max_steps=700, learning_rate=1e-2,
+                 warmup_steps=40, eval_every=350, eval_documents=100, save_every=350),
     "tiny": dict(d_model=192, n_layers=5, n_heads=6, n_kv_heads=2, d_ff=512, max_seq_len=256,
                  batch_size=16, max_steps=620, learning_rate=1e-2, dropout=0.1),
     "quick-1mb": dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=352, max_seq_len=256,
@@ -152,7 +152,8 @@ def built_in_data(config, ranks):
     data_dir, text = Path(config.out_dir) / "data", Path(config.out_dir) / "text"
     if ranks.is_main and not data_dir.exists():
         write_text(text, 0.2, seed=0)
-        train, val = ([str(text / f"{split}.{language}.txt") for language in ("en", "zh")] for split in ("train", "val"))
+        train, val = ([str(text / f"{split}.{language}.txt") for language in ("en", "zh")]
+                      for split in ("train", "val"))
         tokenizer = Tokenizer.train((d for path in train for d in documents(path)), 512)
         prepare(",".join(train), tokenizer, data_dir, val_input=",".join(val),
                 entropy_bound=str(text / "entropy_bound.json"))
@@ -180,8 +181,8 @@ def preflight(config, ranks, forward, batch, micro_batch_size, data, sizes):
     try:
         seconds = time_micro_batch(forward, [x[:micro_batch_size] for x in batch], ranks)
     except torch.OutOfMemoryError:
-        raise UserError(f"micro_batch_size {micro_batch_size} does not fit into the memory of {ranks.device}; lower "
-                        "it, the gradient stays the same")
+        raise UserError(f"micro_batch_size {micro_batch_size} does not fit into the memory of "
+                        f"{ranks.device}; lower it, the gradient stays the same")
     rows = int(np.broadcast_to(sizes, config.max_steps).sum())
     tokens, flops = rows * config.max_seq_len, flops_per_token(config, config.max_seq_len)
     ranks.say(f"tokens: {tokens:,} to train on, {tokens / data['train'].n_tokens:.1f} epochs of "

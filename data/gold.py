@@ -1,8 +1,9 @@
-"""Gold: marks for a reply to a request of the story world, 1-5 on each side of the rubric, as a careful person gives.
+"""Gold: a careful person's marks, 1-5, of a reply to a request of the story world on each side of the rubric.
 
-accuracy: what was asked for is there and right. relevance: the asked kind of thing, about the asked subject, in the
-asked language. naturalness: sentences that the grammar can produce, whole, unrepeated, with an end. concision: as
-long as was asked. Only feedback.py (simulated annotators) and evaluate.py may import this; no training stage sees it.
+accuracy: what was asked for is there and right. relevance: the asked kind of thing, about the asked subject,
+in the asked language. naturalness: sentences that the grammar can produce, whole, unrepeated, with an end.
+concision: as long as was asked. Only feedback.py (simulated annotators) and evaluate.py may import this; no
+training stage sees it.
 """
 
 import re
@@ -17,7 +18,7 @@ PEOPLE = "character"
 
 
 def rate(request, reply):
-    """{"accuracy", "relevance", "naturalness", "concision"}, whole numbers 1-5. request: instructions.make_request."""
+    """{aspect: mark} for all ASPECTS, whole numbers 1-5. request: that of instructions.make_request."""
     text = reply.strip()
     if not text:
         return dict.fromkeys(ASPECTS, 1)
@@ -39,10 +40,11 @@ def recogniser(language):
 
 
 class Look:
-    """What there is to see in a reply: its sentences, who and what is named in it, whether it is exactly right."""
+    """What there is to see in a reply: its sentences, who and what it names, whether it is exactly right."""
 
     def __init__(self, request, text):
-        self.request, self.text, self.task, self.language = request, text, request["task"], request["language"]
+        self.request, self.text = request, text
+        self.task, self.language = request["task"], request["language"]
         self.judged = recogniser(self.language).accepted(text)
         self.good = [sentence for sentence, good in self.judged if good]
         self.named = named(text, self.language)

@@ -2,9 +2,9 @@
 
     python -m data.instructions --out_dir DATA
 
-Writes DATA/{sft,eval,prompts}_{train,val}.jsonl and DATA/requests.jsonl. Everything follows from facts, so right
-answers are known. Tales come from writers who forget, ramble, repeat or break off, so that there is something to
-prefer; other tasks are answered well. Not here: marks for replies (gold.py).
+Writes DATA/{sft,eval,prompts}_{train,val}.jsonl and DATA/requests.jsonl. Everything follows from facts, so
+right answers are known. Tales come from writers who forget, ramble, repeat or break off, so that there is
+something to prefer; other tasks are answered well. Not here: marks for replies (gold.py).
 """
 
 import json
@@ -18,8 +18,8 @@ from cli import UserError, about, option, parse_config, progress_bar, run
 from data.rules import LANGUAGES, load
 from data.world import draw_facts, generator, sentences, split_of, tell
 
-SHARES = {"tale": 10, "continue": 2, "summary": 2, "translate": 2, "who": 1, "where": 1, "what": 1, "why": 1, "mood": 1,
-          "about": 1, "list": 1, "chat": 1}                         # of the SFT examples
+SHARES = {"tale": 10, "continue": 2, "summary": 2, "translate": 2, "who": 1, "where": 1, "what": 1, "why": 1,
+          "mood": 1, "about": 1, "list": 1, "chat": 1}              # of the SFT examples
 ELEMENTS = {"ht": ["hero", "thing"], "hp": ["hero", "place"], "hf": ["hero", "friend"],
             "htp": ["hero", "thing", "place"], "hft": ["hero", "friend", "thing"]}
 CHATS = "name", "skill", "maker", "greeting", "thanks", "bye", "chinese"
@@ -43,7 +43,10 @@ class Example(NamedTuple):
 
 
 def example(seed, task, language, split):
-    """Example number `seed` of a task, language and split ("val": held-out facts, and held-out phrasings half the time)."""
+    """Example number `seed` of a task, language and split.
+
+    "val" has held-out facts, and held-out phrasings half the time.
+    """
     draw = generator("example", seed, task, language, split)
     request = make_request(draw, task, language, split)
     ask = asking(draw, request, split)
@@ -51,7 +54,8 @@ def example(seed, task, language, split):
     record = record_of(request, ask, reply)
     messages = to_messages(record)[:-1]
     label = reply if task == "mood" else None
-    references = [perfect(request, draw) for _ in range(1 if task in ("mood", "list", "about", "continue") else 3)]
+    n = 1 if task in ("mood", "list", "about", "continue") else 3
+    references = [perfect(request, draw) for _ in range(n)]
     return Example(f"{split}-{task}-{language}-{seed}", task, language, record, messages, request,
                    list(dict.fromkeys(references)), label)
 
@@ -61,14 +65,15 @@ def example(seed, task, language, split):
 def make_request(draw, task, language, split):
     """What is wished, as data: all that a perfect reply and its marks depend on."""
     facts = short_facts(draw, split)
-    request = {"task": task, "language": language, "facts": facts, "elements": [], "sentences": [1, 1], "about": None,
-               "sources": ""}
+    request = {"task": task, "language": language, "facts": facts, "elements": [], "sentences": [1, 1],
+               "about": None, "sources": ""}
     said = "zh" if task == "translate" and language == "en" else "en" if task == "translate" else language
     if task == "tale":
         request |= {"elements": list(pick(draw, list(ELEMENTS.values()))), "sentences": [2, 3]}
     elif task == "continue":
         tale = sentences(tell(facts, language, draw, "short")[0], language)
-        request |= {"sources": tale[0], "sentences": [len(tale) - 1] * 2, "about": (" " if language == "en" else "").join(tale[1:])}
+        rest = (" " if language == "en" else "").join(tale[1:])
+        request |= {"sources": tale[0], "sentences": [len(tale) - 1] * 2, "about": rest}
     elif task in ("summary", "list", "who", "where"):
         request |= {"sources": tell(facts, language, draw, "short")[0]}
     elif task == "translate":
@@ -119,14 +124,17 @@ def perfect(request, draw):
         return tell(facts, language, draw, "short" if task == "tale" else "summary")[0]
     if task == "continue":
         return request["about"]
-    row = {role: load().row(role, facts[role])[language][""] for role in ("hero", "friend", "thing", "place", "after")}
+    row = {role: load().row(role, facts[role])[language][""]
+           for role in ("hero", "friend", "thing", "place", "after")}
     if task == "mood":
         return row["after"]
     if task == "list":
-        return "\n".join(f"{i}. {row[role]}" for i, role in enumerate(("hero", "friend", "thing", "place"), 1))
+        return "\n".join(f"{i}. {row[role]}"
+                         for i, role in enumerate(("hero", "friend", "thing", "place"), 1))
     if task == "about":
         return to_messages(record_of(request, "", ""))[-1]["content"]
-    return tell(facts, language, draw, f"answer.chat.{request['about']}" if task == "chat" else f"answer.{task}")[0]
+    name = f"answer.chat.{request['about']}" if task == "chat" else f"answer.{task}"
+    return tell(facts, language, draw, name)[0]
 
 
 def demonstrate(request, draw):
@@ -178,7 +186,8 @@ def record_of(request, ask, reply):
     if task == "tale":
         return {"instruction": ask, "output": reply}
     if task == "list":
-        return {"instruction": ask, "input": source, "output": [line.split(". ", 1)[1] for line in reply.split("\n")]}
+        items = [line.split(". ", 1)[1] for line in reply.split("\n")]
+        return {"instruction": ask, "input": source, "output": items}
     if task == "summary":
         return {"instruction": ask, "input": source, "output": reply}
     if task == "continue":
@@ -200,10 +209,11 @@ def record_of(request, ask, reply):
 
 @dataclass
 class InstructionsConfig:
-    """Write instructions on the story world: SFT records, evaluation examples, prompts for RLHF, their requests."""
+    """Write instructions on the story world: SFT records, evaluation examples, prompts, their requests."""
     out_dir: str = option("out/instructions", "directory of the files; they are written over")
-    examples: int = option(12_000, "SFT records for training; a tenth as many for validation and for evaluation")
-    prompts: int = option(3_000, "prompts for RLHF; 4 in 10 as many for validation, at least 1,000 if they are that many")
+    examples: int = option(12_000, "SFT training records; a tenth as many for validation and for evaluation")
+    prompts: int = option(3_000, "prompts for RLHF; 4 in 10 as many for validation, at least 1,000 if "
+                                 "they are that many")
     seed: int = option(0, "number of the first example")
 
     def __post_init__(self):
@@ -243,7 +253,8 @@ def write_files(config):
             name = f"{kind}_{split}.jsonl"
             write_jsonl(out_dir / name, records)
             counts[name] = n
-    write_jsonl(out_dir / "requests.jsonl", [{"id": id, "request": request} for id, request in requests.items()])
+    wishes = [{"id": id, "request": request} for id, request in requests.items()]
+    write_jsonl(out_dir / "requests.jsonl", wishes)
     return counts | {"requests.jsonl": len(requests)}
 
 

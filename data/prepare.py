@@ -32,15 +32,16 @@ MAX_WEIGHT = 1000
 @dataclass
 class PrepareConfig:
     """Turn text files into token shards for training and validation."""
-    input: str = option("out/text/train.en.txt,out/text/train.zh.txt", "files FILE[:WEIGHT],...; .txt .jsonl .tsv .csv, also + .gz; "
-                        "weight 2 repeats a file's training documents, 0.3 keeps 3 in 10 of them")
+    input: str = option("out/text/train.en.txt,out/text/train.zh.txt",
+                        "files FILE[:WEIGHT],...; .txt .jsonl .tsv .csv, also + .gz; weight 2 repeats a "
+                        "file's training documents, 0.3 keeps 3 in 10 of them")
     tokenizer: str = option("out/tokenizer", "directory of the tokenizer")
     out_dir: str = option("out/data", "directory to make; may exist if it is empty")
     val_fraction: float = option(0.05, "share of documents for validation, chosen by a hash of their text")
-    val_input: str = option("", "instead, validation documents are those of these files, and all others train")
-    entropy_bound: str = option("", "file with the bits/byte that no model can beat, {language: bits}, for "
-                                "meta.json; python -m data.world writes one")
     val_tail: float = option(0.0, "instead, take this share at the end of each file for validation; 0 = off")
+    val_input: str = option("", "instead, these files are for validation, and all of --input trains")
+    entropy_bound: str = option("", "file {language: bits/byte that no model can beat}, for meta.json; "
+                                    "python -m data.world writes one")
     document_separator: str = option(SEPARATOR, "line between two documents of a .txt file")
     text_key: str = option(TEXT_KEYS, "keys of a .jsonl record; the first that is there holds the text")
     columns: str = option("", "columns of .tsv and .csv files to join: 2,3 or names in a header; '' = all")
@@ -53,8 +54,8 @@ class PrepareConfig:
         if not 0 <= self.val_tail < 1:
             raise UserError(f"--val_tail {self.val_tail} must be at least 0 (off) and less than 1")
         if self.val_input and self.val_tail:
-            raise UserError(f"--val_tail {self.val_tail} and --val_input {self.val_input} exclude each other; leave "
-                            "one out")
+            raise UserError(f"--val_tail {self.val_tail} and --val_input {self.val_input} exclude each "
+                            "other; leave one out")
         if self.shard_tokens < 1:
             raise UserError(f"--shard_tokens {self.shard_tokens} must be at least 1")
 
@@ -93,7 +94,8 @@ def prepare(input, tokenizer, out_dir, **options):
         counts = write_documents(writer, tokenizer, sources, config)
         meta = {"vocab_size": tokenizer.vocab_size, "dtype": writer.dtype.name,
                 "tokenizer_sha256": tokenizer.sha256,
-                "files": writer.finish(), "sources": [{"path": s.path, "weight": s.weight, "counts": counts[s]} for s in sources],
+                "files": writer.finish(),
+                "sources": [{"path": s.path, "weight": s.weight, "counts": counts[s]} for s in sources],
                 "seed": config.seed, "entropy_bound": bound}
         tokenizer.save(directory / "tokenizer")
         text = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
@@ -109,8 +111,8 @@ def read_bound(path):
             return bound
     except ValueError:
         pass
-    raise UserError(f"--entropy_bound {path}: not {{language: bits/byte}} in JSON; python -m data.world --out_dir "
-                    "writes one")
+    raise UserError(f"--entropy_bound {path}: not {{language: bits/byte}} in JSON; python -m data.world "
+                    "--out_dir writes one")
 
 
 def parse_sources(input, flag="--input"):

@@ -1,4 +1,4 @@
-"""The grammar of the story world as it stands in data/grammar/: tables of words, plots, rules, and their check.
+"""The grammar of the story world, as it is in data/grammar/: tables of words, plots, rules, and their check.
 
 How its files are written: data/grammar/README.md. A rule is a Choice of Lines; a line is a sequence of nodes:
 str (a literal), Slot (a fact in a form), Ref (another rule), Choice (alternatives in brackets).
@@ -15,8 +15,8 @@ from cli import UserError
 GRAMMAR = Path(__file__).with_name("grammar")
 LANGUAGES = "en", "zh"
 TABLE_OF = {"hero": "character", "friend": "character", "other": "thing", "before": "mood", "after": "mood"}
-ROLES = ("hero", "friend", "place", "thing", "other", "colour", "food", "snack", "pattern", "garment", "weather", "time",
-         "before", "after", "lesson")
+ROLES = ("hero", "friend", "place", "thing", "other", "colour", "food", "snack", "pattern", "garment",
+         "weather", "time", "before", "after", "lesson")
 CORE = "plot", "hero", "friend", "place", "thing"           # in every tale; their values decide its split
 FORMS = "full", "short"
 DEFAULTS = {"weather": "sunny warm breezy cloudy", "time": "morning noon afternoon evening"}
@@ -140,7 +140,8 @@ class Grammar:
             found = (list(table) if word == "all" else [name] if name in table
                      else [k for k, row in table.items() if name in row["tags"]])
             if not found:
-                self.problem(where, f"{word!r} is neither a key nor a tag of table {TABLE_OF.get(role, role)}")
+                self.problem(where, f"{word!r} is neither a key nor a tag of table "
+                                    f"{TABLE_OF.get(role, role)}")
             keys = [k for k in keys if k not in found] if word.startswith("-") else keys + found
         return tuple(dict.fromkeys(keys))
 
@@ -187,7 +188,8 @@ class Grammar:
             if not node.role:
                 return self.mentions(language, plot, node.name)
             parts = [self.mentions(language, plot, f"{node.name}.{k}") for k in self.pool(plot, node.role)]
-            return {node.role}.union(set.intersection(*(a for a, _ in parts))), {node.role}.union(*(s for _, s in parts))
+            always = set.intersection(*(a for a, _ in parts))
+            return {node.role} | always, {node.role}.union(*(s for _, s in parts))
         if isinstance(node, Line):
             parts = [self.mentioned(language, plot, n) for n in node.nodes]
             return set().union(*(a for a, _ in parts)), set().union(*(s for _, s in parts))
@@ -195,7 +197,7 @@ class Grammar:
         return set.intersection(*(a for a, _ in parts)), set().union(*(s for _, s in parts))
 
     def roles_of(self, plot, form):
-        """The roles of a tale, in the order in which they are drawn; notes those that only some tellings have."""
+        """The roles of a tale in the order of their draw; notes those that only some tellings have."""
         found = {}
         for language in LANGUAGES:
             try:
@@ -218,7 +220,8 @@ def forms_of(row, language):
              for c, text in row.items() if c.split(".")[0] == language}
     if language == "en":
         for name, text in list(forms.items()):
-            forms.setdefault(f"a_{name}" if name else "a", ("an " if re.match("[aeiou]|honest", text) else "a ") + text)
+            article = "an " if re.match("[aeiou]|honest", text) else "a "
+            forms.setdefault(f"a_{name}" if name else "a", article + text)
         forms.setdefault("the", "the " + forms[""])
     for name, measure in ("one", "一"), ("this", "这"), ("that", "那"):
         if "measure" in forms:
@@ -235,7 +238,8 @@ TOKEN = re.compile(CAPITAL + r"|[(|)]|<([\w.]+)(?:@(\w+))?>|\{(\w+)(?:\.(\w+))?\
 def parse_line(text, where):
     """Parse "(a|b) {hero} <then>" into a Line; a whole sentence gets marks for its capitals."""
     if text[-1] in ENDS:
-        text = CAPITAL + re.sub(r'(?<=[.!?] )(?=\S)|(?:(?<= )|^)"|(?<=[。！？])(?=[^”])', lambda m: m[0] + CAPITAL, text)
+        text = CAPITAL + re.sub(r'(?<=[.!?] )(?=\S)|(?:(?<= )|^)"|(?<=[。！？])(?=[^”])',
+                                lambda m: m[0] + CAPITAL, text)
     stack = [[[]]]                      # open groups, each a list of alternatives
     for match in TOKEN.finditer(text):
         token, (name, at, role, form) = match[0], match.groups()

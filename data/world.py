@@ -3,9 +3,10 @@
     python -m data.world --stories 5 --language zh
 
 A tale is made in two steps: facts are drawn (who, where, what happens), then told by the rules of
-data/grammar/ in English or Chinese. One grammar has three readings here: `tell` walks it at random, `expected`
-sums over all walks by recursion, `Recogniser` runs it backwards. It draws with Python's Mersenne Twister,
-whose random() is the same on every platform. Not here: questions about tales (instructions.py), marks (gold.py).
+data/grammar/ in English or Chinese. One grammar has three readings here: `tell` walks it at random,
+`expected` sums over all walks by recursion, `Recogniser` runs it backwards. It draws with Python's Mersenne
+Twister, whose random() is the same on every platform. Not here: questions about tales (instructions.py),
+marks (gold.py).
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from cli import UserError, about, option, parse_config, run
 from data.read import SEPARATOR, language_of
 from data.rules import CAPITAL, CORE, ENDS, LANGUAGES, ROLES, Choice, Grammar, Ref, Slot, check, load
 
-SHORT = 0.2                 # share of tales told in two or three sentences
+SHORT = 0.15                # share of tales told in two or three sentences
 HELD_OUT = 20               # one combination of core facts in so many is kept for validation
 
 
@@ -64,8 +65,8 @@ def split_of(facts):
 
 def fact_bits(grammar, facts):
     """Bits of the draw of these facts, by kind: the plot and its frame, or names and things."""
-    bits = {"plot": math.log2(len(grammar.plots)) - math.log2(SHORT if facts["form"] == "short" else 1 - SHORT),
-            "things": 0.0}
+    share = SHORT if facts["form"] == "short" else 1 - SHORT
+    bits = {"plot": math.log2(len(grammar.plots)) - math.log2(share), "things": 0.0}
     for role in grammar.roles[facts["form"]][facts["plot"]]:
         pool = grammar.pool(facts["plot"], role)
         size = len(pool) - (role == "friend" and facts["hero"] in pool)
@@ -74,7 +75,7 @@ def fact_bits(grammar, facts):
 
 
 def tell(facts, language, draw, name=None, grammar=None):
-    """Tell facts by the rule `name` (a tale of facts["form"] by default); returns (text, bits of the telling)."""
+    """Tell facts by the rule `name` (None: a tale of facts["form"]); returns (text, bits of the telling)."""
     grammar = grammar or load()
     plot, out, bits = facts["plot"], [], 0.0
     forms = {role: grammar.row(role, facts[role])[language] for role in ROLES if role in facts}
@@ -128,8 +129,9 @@ def expected(language, grammar=None):
     """Exact means over all tales: {"bits", "bytes", "bits_per_byte", "by_kind": {kind: bits}}.
 
     By recursion over the rules. Lengths and bits add up, so the mean of a line is the sum of the means of its
-    parts, each under the marginal of the one role that it depends on; no independence between roles is needed.
-    bits_per_byte = E[bits] / E[bytes] bounds the entropy of the text from above: two derivations may give one text.
+    parts, each under the marginal of the one role that it depends on; no independence between roles is
+    needed. bits_per_byte = E[bits] / E[bytes] bounds the entropy of the text from above: two derivations may
+    give one text.
     """
     grammar = grammar or load()
     kinds, n_bytes = Counter(), 0.0
@@ -168,7 +170,7 @@ def fact_means(grammar, plot, form, given):
 
 
 class Mean:
-    """Mean (bits, bytes) of nodes of one plot; `given` is the marginal of each role: {role: {key: probability}}."""
+    """Mean (bits, bytes) of nodes of one plot; `given` has the marginals: {role: {key: probability}}."""
 
     def __init__(self, grammar, language, plot):
         self.grammar, self.language, self.plot, self.known = grammar, language, plot, {}
@@ -222,14 +224,16 @@ class Recogniser:
         for (plot, name), rule in self.grammar.rules[language].items():
             self.union.setdefault(name, []).extend((line, plot) for line in rule.lines)
             if not name.startswith("ask."):
-                self.units += [(literals(nodes), nodes, plot) for line in rule.lines for nodes in units(line.nodes)]
+                self.units += [(literals(nodes), nodes, plot)
+                               for line in rule.lines for nodes in units(line.nodes)]
 
     def accepted(self, text):
-        """[(sentence, True or False)] in the order of the text; a quotation may be one sentence with what follows."""
+        """[(sentence, good)] in the order of the text; a quotation may be one sentence with what follows."""
         parts, found = sentences(text, self.language), []
         while parts:
             two = (" " if self.language == "en" else "").join(parts[:2])
-            n = 2 if len(parts) > 1 and parts[0][-1] in '"”' and not self.knows(parts[0]) and self.knows(two) else 1
+            quoted = len(parts) > 1 and parts[0][-1] in '"”'
+            n = 2 if quoted and not self.knows(parts[0]) and self.knows(two) else 1
             found += [(part, n == 2 or self.knows(part)) for part in parts[:n]]
             parts = parts[n:]
         return found
@@ -241,7 +245,7 @@ class Recogniser:
                    for needed, nodes, plot in self.units)
 
     def tells(self, text, name, facts):
-        """Whether a rule can tell the whole text with these facts; a role or plot that is not in them may be any."""
+        """Whether a rule can tell the whole text with these facts; a role or plot not in them may be any."""
         known = {role: {key} for role, key in facts.items() if role in ROLES}
         return self.fits((Ref(name, ""),), facts.get("plot", ""), text, known)
 
@@ -254,7 +258,7 @@ class Recogniser:
         return False
 
     def match(self, nodes, plot, text, at, known):
-        """Yield (text, position after the nodes, {role: keys that it may have}) for each way they fit at `at`."""
+        """Yield (text, position after the nodes, {role: keys it may have}) for each way they fit at `at`."""
         if not nodes:
             yield text, at, known
             return
@@ -275,7 +279,8 @@ class Recogniser:
         elif isinstance(node, Slot):
             by_form = {}
             for key in known.get(node.role) or self.grammar.pool(plot, node.role):
-                by_form.setdefault(self.grammar.row(node.role, key)[self.language].get(node.form), set()).add(key)
+                form = self.grammar.row(node.role, key)[self.language].get(node.form)
+                by_form.setdefault(form, set()).add(key)
             for form, keys in by_form.items():
                 if form and text.startswith(form, at):
                     yield text, at + len(form), {**known, node.role: frozenset(keys)}
@@ -298,13 +303,14 @@ class Recogniser:
 
 
 def units(nodes):
-    """The sentences of a line, each a tuple of nodes that opens with CAPITAL; none if the line is no sentence."""
+    """The sentences of a line, tuples of nodes that open with CAPITAL; none if the line is no sentence."""
     if nodes[0] != CAPITAL:
         return
     start, quoted = 0, 0
     for i, node in enumerate(nodes):
         if isinstance(node, str):
-            quoted = (quoted + node.count('"')) % 2 if '"' in node else quoted + node.count("“") - node.count("”")
+            quoted = ((quoted + node.count('"')) % 2 if '"' in node
+                      else quoted + node.count("“") - node.count("”"))
             if node == CAPITAL and i and not quoted and nodes[i - 1].rstrip()[-1:] in tuple(ENDS):
                 yield (*nodes[start:i - 1], nodes[i - 1].rstrip())
                 start = i
@@ -327,15 +333,15 @@ def judge(text, recognisers):
 
 @dataclass
 class WorldConfig:
-    """Print tales of the story world, write files of them, or say which sentences of a file it can produce."""
+    """Print tales of the story world, write files of them or say which sentences of a file it can produce."""
     stories: int = option(3, "tales to print")
     language: str = option("en", "en or zh")
     split: str = option("train", "train, or val: combinations of facts that train never has")
     seed: int = option(0, "number of the first tale")
     out_dir: str = option("", "instead, write {train,val}.{en,zh}.txt and entropy_bound.json there")
     megabytes: float = option(1.0, "text of each language to write for training; a 20th of it for validation")
-    recognise: str = option("", "instead, read tales from this file, parted by lines such as '--- 3', and say "
-                                "which sentences the grammar cannot produce")
+    recognise: str = option("", "instead, read tales from this file, parted by lines such as '--- 3', and "
+                                "say which sentences the grammar cannot produce")
     tales: int = option(0, "of each language, to read from that file; 0 = all")
     check: bool = option(False, "only read the grammar and list what is wrong with it")
 
@@ -352,7 +358,8 @@ def main(config):
         for seed in range(config.seed, config.seed + config.stories):
             tale = story(seed, config.language, config.split)
             facts = "  ".join(f"{role} {key}" for role, key in tale.facts.items())
-            print(f"{tale.text}\n  [{facts}; {-tale.log2_probability:.0f} bits in {len(tale.text.encode())} bytes]\n")
+            print(f"{tale.text}\n  [{facts}; {-tale.log2_probability:.0f} bits in "
+                  f"{len(tale.text.encode())} bytes]\n")
 
 
 def write_text(out_dir, megabytes, seed):
@@ -385,11 +392,12 @@ def report_recognised(path, n_tales):
         if n_tales and counts[language]["tales"] == n_tales:
             continue
         counts[language].update(tales=1, sentences=len(found), accepted=sum(good for _, good in found))
-        print(*(f"{language}: not in the grammar: {sentence}" for sentence, good in found if not good), sep="\n")
+        print(*(f"{language}: not in the grammar: {sentence}" for sentence, good in found if not good),
+              sep="\n")
     for language, n in counts.items():
         share = n["accepted"] / max(1, n["sentences"])
-        print(f"{language}: {n['accepted']} of {n['sentences']} sentences ({share:.0%}) of {n['tales']} tales "
-              "are of the grammar")
+        print(f"{language}: {n['accepted']} of {n['sentences']} sentences ({share:.0%}) of {n['tales']} "
+              "tales are of the grammar")
 
 
 if __name__ == "__main__":

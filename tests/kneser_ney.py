@@ -1,7 +1,7 @@
-"""Interpolated Kneser-Ney n-gram model over token ids, counted by sorting; a yardstick for the story world's text.
+"""Interpolated Kneser-Ney n-gram model over token ids, counted by sorting; a yardstick for the story world.
 
-Chen and Goodman 1999, section 2.7: one discount d = n1 / (n1 + 2 n2) an order; lower orders count the distinct
-tokens that an n-gram was seen after (continuation counts), not its occurrences.
+Chen and Goodman 1999, section 2.7: one discount d = n1 / (n1 + 2 n2) an order; lower orders count the
+distinct tokens that an n-gram was seen after (continuation counts), not its occurrences.
 """
 
 import numpy as np
@@ -16,11 +16,12 @@ def bits(train, test, order, vocab_size):
     seen, new = (np.concatenate([pad, np.asarray(x, dtype=np.int64)]) for x in (train, test))
     n = len(seen) - order + 1
     probability = np.full(len(test), 1 / vocab_size)
-    # Names of contexts: the same number for the same last k tokens in both texts, built one token to the left at a time.
+    # Names of contexts: the same number for the same last k tokens in both texts, built one token to the
+    # left at a time.
     both = np.concatenate([seen, new])
     names = np.zeros(len(both), dtype=np.int64)
     windows = {}
-    for k in range(order):                                  # after this pass, windows[k] names the k tokens before i
+    for k in range(order):                                  # windows[k] then names the k tokens before i
         windows[k] = names
         shifted = np.concatenate([np.zeros(k + 1, dtype=np.int64), both[:len(both) - k - 1]])
         names = np.unique(names * vocab_size + shifted, return_inverse=True)[1].astype(np.int64)
@@ -29,8 +30,8 @@ def bits(train, test, order, vocab_size):
         if k == order - 1:
             grams, counts = np.unique(gram[order - 1:order - 1 + n], return_counts=True)
         else:                                               # distinct (token before, gram)
-            longer = np.unique(windows[k + 1][order - 1:order - 1 + n] * vocab_size + both[order - 1:order - 1 + n],
-                               return_index=True)[1]
+            longer = np.unique(windows[k + 1][order - 1:order - 1 + n] * vocab_size
+                               + both[order - 1:order - 1 + n], return_index=True)[1]
             grams, counts = np.unique(gram[order - 1:order - 1 + n][longer], return_counts=True)
         owners, where = np.unique(grams // vocab_size, return_inverse=True)
         total, kinds = np.bincount(where, counts), np.bincount(where)

@@ -81,10 +81,11 @@ def test_each_fault_costs_on_its_own_side(language):
     for seed in range(6):
         request, found = replies(seed, language)
         marks = {name: rate(request, reply) for name, reply in found.items()}
-        assert marks["misses one element"]["accuracy"] <= 3 and marks["misses one element"]["naturalness"] >= 4
+        missing, repeated = marks["misses one element"], marks["repeats it four times"]
+        assert missing["accuracy"] <= 3 and missing["naturalness"] >= 4
         assert marks["rambles on and on"]["relevance"] <= 3 and marks["rambles on and on"]["concision"] <= 3
         assert marks["breaks off"]["naturalness"] <= 3
-        assert marks["repeats it four times"]["concision"] <= 3 and marks["repeats it four times"]["naturalness"] <= 2
+        assert repeated["concision"] <= 3 and repeated["naturalness"] <= 2
         assert marks["off the grammar"]["naturalness"] == 1 and marks["another language"]["relevance"] == 1
         assert marks["keywords"]["naturalness"] == 1
         assert all(set(m) == set(ASPECTS) and all(m[a] in range(1, 6) for a in m) for m in marks.values())
@@ -96,7 +97,8 @@ def test_a_perfect_writer_reaches_the_ceiling(task, language):
     for seed in range(25):
         found = example(seed, task, language, "val")
         for reference in found.references:
-            assert gold(found.request, reference) == 5, (reference, rate(found.request, reference), found.messages)
+            assert gold(found.request, reference) == 5, (
+                reference, rate(found.request, reference), found.messages)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -108,12 +110,14 @@ def test_answers_are_right_or_wrong(language):
             request = make_request(draw, task, language, "train")
             other = make_request(draw, task, language, "train")
             while other["about"] == request["about"] and task in ("chat", "about") or any(
-                    other["facts"][role] == request["facts"][role] for role in ("hero", "friend", "place", "after", "plot")):
+                    other["facts"][role] == request["facts"][role]
+                    for role in ("hero", "friend", "place", "after", "plot")):
                 other = make_request(draw, task, language, "train")
             right, wrong = perfect(request, draw), perfect(other, draw)
             tale = tell(other["facts"], language, draw, "short")[0]
             assert gold(request, right) == 5 > gold(request, wrong) > 1, (task, right, wrong)
-            assert gold(request, tale) <= 3 or task in ("summary", "translate"), (task, tale, rate(request, tale))
+            assert gold(request, tale) <= 3 or task in ("summary", "translate"), (
+                task, tale, rate(request, tale))
 
 
 def demonstrated_pairs(language, n, start):
@@ -134,8 +138,12 @@ def bag(text, language):
 
 
 def bag_of_words_accuracy(train, test, language):
-    """Logistic regression on differences of word counts (Newton's steps would need more words than pairs: gradient)."""
-    vocabulary = {w: i for i, w in enumerate(sorted({w for pair in train for text in pair for w in bag(text, language)}))}
+    """Logistic regression on differences of word counts.
+
+    By gradient: Newton's steps would need more words than pairs.
+    """
+    words = sorted({w for pair in train for text in pair for w in bag(text, language)})
+    vocabulary = {w: i for i, w in enumerate(words)}
 
     def differences(pairs):
         x = np.zeros((len(pairs), len(vocabulary)))
@@ -158,7 +166,8 @@ def check_cheap_baselines(language, n):
     longer = np.array([np.sign(len(a) - len(b)) for a, b in test])
     by_length = np.mean(longer > 0) + np.mean(longer == 0) / 2
     by_words = bag_of_words_accuracy(train, test, language)
-    print(f"{language}: {n} pairs, length alone {max(by_length, 1 - by_length):.3f}, bag of words {by_words:.3f}")
+    print(f"{language}: {n} pairs, length alone {max(by_length, 1 - by_length):.3f}, "
+          f"bag of words {by_words:.3f}")
     assert max(by_length, 1 - by_length) <= 0.60 and by_words <= 0.72
 
 
@@ -182,5 +191,6 @@ def test_demonstrations_leave_room_above_them(language):
         request = make_request(draw, "tale", language, "train")
         marks.append(gold(request, demonstrate(request, draw)))
     share, room = np.mean(np.array(marks) == 5), (5 - np.mean(marks)) / np.std(marks)
-    print(f"{language}: mean {np.mean(marks):.2f}, sd {np.std(marks):.2f}, perfect {share:.2f}, ceiling {room:.2f} sd above")
+    print(f"{language}: mean {np.mean(marks):.2f}, sd {np.std(marks):.2f}, perfect {share:.2f}, "
+          f"ceiling {room:.2f} sd above")
     assert 0.05 < share < 0.3 and room > 1.2

@@ -1,4 +1,4 @@
-"""Instructions: seven formats read as they are, right answers, held-out facts and words, the same bytes every time."""
+"""Instructions: seven formats read as they are, right answers, held-out facts and words, stable bytes."""
 
 import json
 from collections import Counter
@@ -11,9 +11,10 @@ from data.instructions import SHARES, InstructionsConfig, example, plan, write_f
 from data.rules import LANGUAGES, load
 from data.world import split_of
 
-FORMATS = {"tale": {"instruction", "output"}, "summary": {"instruction", "input", "output"}, "list": {"instruction", "input", "output"},
-           "continue": {"prompt", "completion"}, "translate": {"input", "target"}, "mood": {"text", "label"},
-           "about": {"entity", "facts"}, **dict.fromkeys(("who", "where", "what", "why"), {"question", "answer"})}
+FORMATS = {"tale": {"instruction", "output"}, "summary": {"instruction", "input", "output"},
+           "list": {"instruction", "input", "output"}, "continue": {"prompt", "completion"},
+           "translate": {"input", "target"}, "mood": {"text", "label"}, "about": {"entity", "facts"},
+           **dict.fromkeys(("who", "where", "what", "why"), {"question", "answer"})}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ def test_every_file_is_there(written):
     for name in ("eval_train", "eval_val", "prompts_train", "prompts_val"):
         assert {r["id"] for r in written[f"{name}.jsonl"]} <= set(ids)
     assert all(set(r) == {"id", "messages"} for r in written["prompts_val.jsonl"])
-    assert all(set(r) == {"id", "task", "language", "messages", "references", "labels"} for r in written["eval_val.jsonl"])
+    assert all(set(r) == {"id", "task", "language", "messages", "references", "labels"}
+               for r in written["eval_val.jsonl"])
     for record in written["eval_val.jsonl"]:
         assert record["messages"][-1]["role"] == "user" and all(record["references"])
 
@@ -46,7 +48,8 @@ def test_wishes_stay_out_of_the_training_files(written):
     """The structured request is gold's alone."""
     for name, records in written.items():
         if name != "requests.jsonl":
-            assert not any({"request", "facts", "elements"} <= set(record) for record in records if isinstance(record, dict))
+            assert not any({"request", "facts", "elements"} <= set(record)
+                           for record in records if isinstance(record, dict))
 
 
 def test_all_formats_and_tasks_occur(written):
@@ -75,9 +78,9 @@ def test_some_phrasings_are_held_out():
     """Validation asks half the time in words that training never has."""
     def asked(split):
         return [example(seed, "who", "en", split).record["question"].split("\n")[1] for seed in range(80)]
-    shapes = {split: {q.replace(name, "X") for q in asked(split) for name in [next(
-        n["en"][""] for n in load().tables["character"].values() if n["en"][""] in q or n["en"][""] == "Nina")]}
-        for split in ("train", "val")}
+    names = [row["en"][""] for row in load().tables["character"].values()]
+    shapes = {split: {q.replace(next(name for name in names if name in q or name == "Nina"), "X")
+                      for q in asked(split)} for split in ("train", "val")}
     new = [q for q in asked("val") if "Which friend" in q]
     assert 20 <= len(new) <= 60 and not any("Which friend" in q for q in shapes["train"])
 
@@ -92,19 +95,25 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
 
 
 @pytest.mark.parametrize("record, messages", [
-    ({"messages": [{"role": "system", "content": "s"}, *MESSAGES], "label": "x", "text": "y"}, [{"role": "system", "content": "s"}, *MESSAGES]),
+    ({"messages": [{"role": "system", "content": "s"}, *MESSAGES], "label": "x", "text": "y"},
+     [{"role": "system", "content": "s"}, *MESSAGES]),
     (MESSAGES, MESSAGES),
     ({"entity": "Mars", "facts": [{"fact": "moons", "value": "two"}, {"fact": "colour", "value": "red"}]},
      [{"role": "user", "content": "Tell me about Mars."},
       {"role": "assistant", "content": "The moons of Mars is two. The colour of Mars is red."}]),
     ({"entity": "火星", "facts": [{"fact": "颜色", "value": "红色"}]},
      [{"role": "user", "content": "请介绍火星。"}, {"role": "assistant", "content": "火星的颜色是红色。"}]),
-    ({"instruction": "q", "output": "a"}, MESSAGES), ({"instruction": "q", "input": "", "output": "a", "question": "z", "answer": "z"}, MESSAGES),
+    ({"instruction": "q", "output": "a"}, MESSAGES),
+    ({"instruction": "q", "input": "", "output": "a", "question": "z", "answer": "z"}, MESSAGES),
     ({"instruction": "q", "input": "more", "output": ["a", "b"]},
      [{"role": "user", "content": "q\n\nmore"}, {"role": "assistant", "content": "1. a\n2. b"}]),
     ({"question": "q", "answer": "a"}, MESSAGES), ({"prompt": "q", "completion": "a"}, MESSAGES),
-    ({"text": "fine", "label": 1}, [{"role": "user", "content": "Which label fits this text?\nfine"}, {"role": "assistant", "content": "1"}]),
-    ({"text": "很好", "label": "正面"}, [{"role": "user", "content": "这段文字应该标成什么？\n很好"}, {"role": "assistant", "content": "正面"}]),
+    ({"text": "fine", "label": 1},
+     [{"role": "user", "content": "Which label fits this text?\nfine"},
+      {"role": "assistant", "content": "1"}]),
+    ({"text": "很好", "label": "正面"},
+     [{"role": "user", "content": "这段文字应该标成什么？\n很好"},
+      {"role": "assistant", "content": "正面"}]),
     ({"input": "q", "target": "a"}, MESSAGES)])
 def test_records_become_messages(record, messages):
     """The table of formats, by hand; the first row whose keys are all there wins."""

@@ -147,7 +147,8 @@ def test_languages():
     assert language_of("Où êtes-vous né, là-bas ?") == "en"     # Latin letters, whatever they spell
     assert language_of("《红楼梦》第一回：“甄士隐梦幻识通灵”。") == "zh"
     assert language_of("小猫说：Hello！然后它走了。") == "zh"
-    assert [language_of(t) for t in ("", "123 !?", "Привет, мир", "ねこはそらをみています。", "안녕하세요")] == ["other"] * 5
+    others = "", "123 !?", "Привет, мир", "ねこはそらをみています。", "안녕하세요"
+    assert [language_of(t) for t in others] == ["other"] * 5
 
 
 def test_real_files_are_read(tmp_path):
@@ -430,8 +431,9 @@ def test_sources_are_parsed(tmp_path):
 
 
 def test_validation_files_and_the_bound(tmp_path):
-    """With --val_input every document of --input trains and every one of --val_input validates; the bound is passed on."""
-    train, val = txt(tmp_path / "train.txt", english(30) + chinese(5)), txt(tmp_path / "val.txt", english(9, 5))
+    """With --val_input all of --input trains and all of --val_input validates; the bound is passed on."""
+    train = txt(tmp_path / "train.txt", english(30) + chinese(5))
+    val = txt(tmp_path / "val.txt", english(9, 5))
     bound = write(tmp_path / "bound.json", '{"en": 0.31, "zh": 0.29}')
     meta = prepare(train, TOKENIZER, tmp_path / "out", val_input=str(val), entropy_bound=str(bound))
     assert {t for t, _ in written(tmp_path / "out", "train")} == {*english(30), *chinese(5)}
@@ -441,7 +443,8 @@ def test_validation_files_and_the_bound(tmp_path):
 
 
 @pytest.mark.parametrize("options, said", [
-    (dict(val_input="gone.txt"), "--val_input gone.txt"), (dict(val_input="a.txt", val_tail=0.1), "exclude each other"),
+    (dict(val_input="gone.txt"), "--val_input gone.txt"),
+    (dict(val_input="a.txt", val_tail=0.1), "exclude each other"),
     (dict(entropy_bound="a.txt"), "--entropy_bound a.txt")])
 def test_bad_validation_files(tmp_path, monkeypatch, options, said):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The story world: exact means against enumeration and sampling, the recogniser, the split, sound text, richness."""
+"""The story world: exact means against enumeration and sampling, recogniser, split, sound text, richness."""
 
 import hashlib
 import lzma
@@ -65,7 +65,8 @@ friend: -ann
 weather: all
 """ + "".join(f"""
 [en {name}]
-{{hero}} saw {{thing.a}} at {{place}} on a {{weather}} day(| with {{friend}}| and {{hero.he}} took {{friend.him}} along, said {{friend}}).
+{{hero}} saw {{thing.a}} at {{place}} on a {{weather}} day(| with {{friend}}| and \
+{{hero.he}} took {{friend.him}} along, said {{friend}}).
 On a {{weather}} day at {{place}}, {{thing.the}} fell on {{hero}} and {{friend}}.
 [zh {name}]
 {{hero}}和{{friend}}在{{place}}看见{{thing.one}}{{weather}}的{{thing}}。
@@ -112,7 +113,7 @@ def tellings(grammar, facts, language, node):
 
 
 def everything(grammar, language):
-    """{(form, text): probability of the derivations}, and the mean bits, by enumerating all facts and tellings."""
+    """{(form, text): probability of derivations}, and mean bits, by enumerating all facts and tellings."""
     texts, bits = Counter(), 0.0
     for form, share in ("full", 1 - world.SHORT), ("short", world.SHORT):
         roles = grammar.roles[form]["a"]
@@ -144,7 +145,10 @@ def test_means_are_those_of_all_tales(tiny, language):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_tales_come_as_often_as_they_say(tiny, language):
-    """Probabilities of sampled tales are those of the enumeration, and frequencies follow (chi-square by text length)."""
+    """Sampled tales have the probabilities of the enumeration, and frequencies follow.
+
+    Chi-square by text length.
+    """
     texts, _ = everything(tiny, language)
     draw, n, seen = generator("test"), 6000, Counter()
     for i in range(n):
@@ -162,7 +166,7 @@ def test_tales_come_as_often_as_they_say(tiny, language):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_recogniser_takes_what_the_grammar_makes_and_nothing_else(tiny, language):
-    """Every tale of the small grammar, whole; and of damaged ones exactly those that are another tale's sentence."""
+    """Every tale of the small grammar, whole; of damaged ones just those that are another tale's sentence."""
     texts, _ = everything(tiny, language)
     recogniser, known = Recogniser(language, tiny), set()
     some = sorted({text for _, text in texts})[::41]
@@ -177,8 +181,9 @@ def test_recogniser_takes_what_the_grammar_makes_and_nothing_else(tiny, language
 
 def test_one_sentence_has_one_set_of_facts(tiny):
     recogniser = Recogniser("en", tiny)
-    for text, good in (("Ann and Bo saw a hat at the mill.", True), ("Ann and Ann saw a hat at the mill.", False),
-                       ("Bo and Ann saw a hat at the mill.", False),                    # Ann is no friend of this plot
+    for text, good in (("Ann and Bo saw a hat at the mill.", True),
+                       ("Ann and Ann saw a hat at the mill.", False),
+                       ("Bo and Ann saw a hat at the mill.", False),        # Ann is no friend of this plot
                        ("Ann saw an urn at the sea on a dry day and she took him along, said Bo.", True),
                        ("Ann saw an urn at the sea on a dry day and he took him along, said Bo.", False),
                        ("Ann saw a urn at the sea on a dry day.", False)):
@@ -193,7 +198,7 @@ def tales():
 
 
 def monte_carlo(language, n):
-    """z-scores of the means of bits and bytes of n unconditioned tales against the exact ones, and their ratio."""
+    """z-scores of the mean bits and bytes of n unconditioned tales against the exact, and their ratio."""
     grammar, found, exact = load(), [], expected(language)
     for i in range(n):
         draw = generator("monte carlo", language, i)
@@ -224,13 +229,15 @@ def test_entropy_is_rich_and_comes_from_phrasing():
         found = expected(language)
         share = 1 - found["by_kind"]["things"] / found["bits"]
         print(f"{language}: {found}, {share:.2f} of it phrasing and plot")
-        assert found["bits_per_byte"] >= 0.3 and share >= 0.4 and found["bits"] > 60     # 2 ** 60 > 10 ** 18 tales
+        assert found["bits_per_byte"] >= 0.3 and share >= 0.4
+        assert found["bits"] > 60                           # 2 ** 60 > 10 ** 18 tales
 
 
 def test_facts_have_the_promised_numbers():
     grammar = load()
     sizes = {name: len(table) for name, table in grammar.tables.items()}
-    assert len(grammar.plots) >= 40 and sizes["character"] >= 30 and sizes["place"] >= 30 and sizes["thing"] >= 60
+    assert len(grammar.plots) >= 40 and sizes["character"] >= 30
+    assert sizes["place"] >= 30 and sizes["thing"] >= 60
 
 
 def test_same_seed_same_facts_in_both_languages():
@@ -291,13 +298,16 @@ def test_damaged_sentences_are_not_recognised(tales, language):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_text_is_well_set(tales, language):
     """Articles, spaces, capitals, punctuation, doubled words."""
-    wrong = {"en": [r"\b[Aa] [aeiou]", r"\b[Aa]n [^aeiouh]", r"  ", r" [.,!?]", r"[.!?] [a-z]", r'"[a-z]', r"[{}<>|()\x01]",
-                    r"\b(\w+) \1\b", r"[,.!?][,.!?]", r"[^\x00-\x7f]", r"^[a-z]", r"[^.!?\"]$"],
-             "zh": [r"[ -~]", r"[，。！？：；]{2}", r"(?<![谢慢])(?!滴答|一点)(\w{2,3})\1(?!地|的)", r"[^。！？”]$"]}[language]
+    wrong = {"en": [r"\b[Aa] [aeiou]", r"\b[Aa]n [^aeiouh]", r"  ", r" [.,!?]", r"[.!?] [a-z]", r'"[a-z]',
+                    r"[{}<>|()\x01]", r"\b(\w+) \1\b", r"[,.!?][,.!?]", r"[^\x00-\x7f]", r"^[a-z]",
+                    r"[^.!?\"]$"],
+             "zh": [r"[ -~]", r"[，。！？：；]{2}", r"(?<![谢慢])(?!滴答|一点|一步)(\w{2,3})\1(?!地|的)",
+                    r"[^。！？”]$"]}[language]
     for tale in tales[language]:
         for pattern in wrong:
             found = re.search(pattern, tale.text)
-            assert not found, f"{pattern}: ...{tale.text[max(0, found.start() - 40):found.end() + 20]}... {tale.facts}"
+            assert not found, (f"{pattern}: ...{tale.text[max(0, found.start() - 40):found.end() + 20]}... "
+                               f"{tale.facts}")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -311,9 +321,12 @@ def test_lengths(tales, language):
 
 
 def test_sentences_are_split():
-    assert sentences('"Oh!" said Mia. "I am so sad." Then, Pip saw. Mia said, "Go on!" "Yes," said he. The end', "en") == [
-        '"Oh!" said Mia.', '"I am so sad."', "Then, Pip saw.", 'Mia said, "Go on!"', '"Yes," said he.', "The end"]
-    assert sentences("“糟糕！”米娅说，“我很难过。”皮皮来了。皮皮问：“怎么了？”他笑了！“好吗？”他问", "zh") == [
+    english = '"Oh!" said Mia. "I am so sad." Then, Pip saw. Mia said, "Go on!" "Yes," said he. The end'
+    assert sentences(english, "en") == [
+        '"Oh!" said Mia.', '"I am so sad."', "Then, Pip saw.", 'Mia said, "Go on!"', '"Yes," said he.',
+        "The end"]
+    chinese = "“糟糕！”米娅说，“我很难过。”皮皮来了。皮皮问：“怎么了？”他笑了！“好吗？”他问"
+    assert sentences(chinese, "zh") == [
         "“糟糕！”米娅说，“我很难过。”", "皮皮来了。", "皮皮问：“怎么了？”", "他笑了！", "“好吗？”他问"]
     assert sentences("", "en") == sentences(" ", "zh") == []
 
@@ -325,7 +338,8 @@ def test_kneser_ney_by_hand(order):
     train, test = rng.integers(1, 6, 300).tolist(), rng.integers(1, 7, 40).tolist()
     seen, new = [0] * (order - 1) + train, [0] * (order - 1) + test
     starts = range(order - 1, len(seen))
-    counts = [Counter(g[1:] for g in {tuple(seen[i - k - 1:i + 1]) for i in starts}) for k in range(order - 1)]
+    counts = [Counter(g[1:] for g in {tuple(seen[i - k - 1:i + 1]) for i in starts})
+              for k in range(order - 1)]
     counts.append(Counter(tuple(seen[i - order + 1:i + 1]) for i in starts))
 
     def probability(k, context, token):
@@ -338,7 +352,8 @@ def test_kneser_ney_by_hand(order):
         own = max(after.get((*context, token), 0) - d, 0)
         return (own + d * len(after) * lower) / sum(after.values()) if after else lower
 
-    bits = -sum(math.log2(probability(order - 1, tuple(new[i - order + 1:i]), new[i])) for i in range(order - 1, len(new)))
+    bits = -sum(math.log2(probability(order - 1, tuple(new[i - order + 1:i]), new[i]))
+                for i in range(order - 1, len(new)))
     assert kneser_ney.bits(train, test, order, vocab_size) == pytest.approx(bits)
 
 
@@ -376,7 +391,10 @@ def test_text_does_not_compress_like_a_template(language):
 @pytest.mark.full
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_five_grams_stay_far_above_the_bound(language):
-    """A Kneser-Ney 5-gram model of tokens, of 20 MB, on held-out tales: long-range facts are worth a third of the bits."""
+    """A Kneser-Ney 5-gram model of tokens, of 20 MB, on held-out tales.
+
+    Long-range facts are worth a third of the bits.
+    """
     train, test = sample(language, 20e6), sample(language, 5e5, start=10_000_000)
     tokenizer = Tokenizer.train(train[:5000], 4096)
     stream = [np.array([t for ids in tokenizer.encode_batch(texts) for t in (*ids, tokenizer.eot_id)])
