@@ -9,6 +9,7 @@ import difflib
 import errno
 import importlib
 import json
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
@@ -132,6 +133,17 @@ def about(path):
     except OSError as error:
         error.filename = str(path)
         raise
+
+
+def write_text(path, text):
+    """Write a file under a temporary name, then rename it, so that a half-written one never has its name."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with about(path):
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def complain(message):

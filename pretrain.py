@@ -148,10 +148,10 @@ def built_in_data(config, ranks):
     """Tokenizer and shards of a little text of the story world, made once under out_dir; for --smoke."""
     from data.prepare import prepare
     from data.read import documents
-    from data.world import write_text
+    from data.world import write_corpus
     data_dir, text = Path(config.out_dir) / "data", Path(config.out_dir) / "text"
     if ranks.is_main and not data_dir.exists():
-        write_text(text, 0.2, seed=0)
+        write_corpus(text, 0.2, seed=0)
         train, val = ([str(text / f"{split}.{language}.txt") for language in ("en", "zh")]
                       for split in ("train", "val"))
         tokenizer = Tokenizer.train((d for path in train for d in documents(path)), 512)

@@ -23,7 +23,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from cli import UserError, about, option, parse_config, progress_bar, run
+from cli import UserError, option, parse_config, progress_bar, run, write_text
 
 SPLIT_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -175,17 +175,6 @@ class StreamDecoder:
     def finish(self):
         """What was held back: U+FFFD for a character that never became whole, else ""."""
         return self.decoder.decode(b"", final=True)
-
-
-def write_text(path, text):
-    """Write a file under a temporary name, then rename it, so that a half-written one never has its name."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with about(path):
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- training, first half: words and how often each occurs

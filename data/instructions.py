@@ -8,13 +8,12 @@ something to prefer; other tasks are answered well. Not here: marks for replies 
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from batches import to_messages
-from cli import UserError, about, option, parse_config, progress_bar, run
+from cli import UserError, option, parse_config, progress_bar, run, write_text
 from data.rules import LANGUAGES, load
 from data.world import draw_facts, generator, sentences, split_of, tell
 
@@ -269,12 +268,8 @@ def record_for(kind, found):
 
 
 def write_jsonl(path, records):
-    """Write records, one a line; the file is there whole or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with about(path), open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    """Write records, one a line."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def main(config):

@@ -12,7 +12,6 @@ marks (gold.py).
 import hashlib
 import json
 import math
-import os
 import random
 import re
 from collections import Counter
@@ -21,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import UserError, about, option, parse_config, run
+from cli import UserError, option, parse_config, run, write_text
 from data.read import SEPARATOR, language_of
 from data.rules import CAPITAL, CORE, ENDS, LANGUAGES, ROLES, Choice, Grammar, Ref, Slot, check, load
 
@@ -353,7 +352,7 @@ def main(config):
     elif config.recognise:
         report_recognised(config.recognise, config.tales)
     elif config.out_dir:
-        write_text(config.out_dir, config.megabytes, config.seed)
+        write_corpus(config.out_dir, config.megabytes, config.seed)
     else:
         for seed in range(config.seed, config.seed + config.stories):
             tale = story(seed, config.language, config.split)
@@ -362,24 +361,23 @@ def main(config):
                   f"{len(tale.text.encode())} bytes]\n")
 
 
-def write_text(out_dir, megabytes, seed):
+def write_corpus(out_dir, megabytes, seed):
     """Write files of tales for training and validation, and the bound on their entropy."""
     if megabytes <= 0:
         raise UserError(f"--megabytes {megabytes} must be above 0")
-    out_dir = Path(out_dir)
+    out_dir, bound = Path(out_dir), {}
     out_dir.mkdir(parents=True, exist_ok=True)
-    bound = {language: round(expected(language)["bits_per_byte"], 6) for language in LANGUAGES}
     for language in LANGUAGES:
+        bound[language] = round(expected(language)["bits_per_byte"], 6)
         for split, size in ("train", megabytes), ("val", megabytes / 20):
-            n_bytes, number, temporary = 0, seed, out_dir / f".tmp-{split}.{language}.txt"
-            with about(temporary), open(temporary, "w", encoding="utf-8", newline="\n") as file:
-                while n_bytes < size * 1e6:
-                    text = story(number, language, split).text
-                    n_bytes, number = n_bytes + len(text.encode()), number + 1
-                    file.write(f"{text}\n{SEPARATOR}\n")
-            os.replace(temporary, out_dir / f"{split}.{language}.txt")
-            print(f"{out_dir}/{split}.{language}.txt: {number - seed:,} tales, {n_bytes / 1e6:.2f} MB")
-    (out_dir / "entropy_bound.json").write_text(json.dumps(bound) + "\n", encoding="utf-8")
+            texts, n_bytes = [], 0
+            while n_bytes < size * 1e6:
+                texts.append(story(seed + len(texts), language, split).text)
+                n_bytes += len(texts[-1].encode())
+            path = out_dir / f"{split}.{language}.txt"
+            write_text(path, f"\n{SEPARATOR}\n".join(texts) + "\n")
+            print(f"{path}: {len(texts):,} tales, {n_bytes / 1e6:.2f} MB")
+    write_text(out_dir / "entropy_bound.json", json.dumps(bound) + "\n")
     print("entropy bound, bits/byte: " + "  ".join(f"{k} {v:.4f}" for k, v in bound.items()))
 
 

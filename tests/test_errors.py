@@ -389,8 +389,14 @@ RUN_CASES = [
          left=("run/log.jsonl",)),
     Case("disk full: log", f"{TRAIN} --save_every 99", ["out/log.jsonl", "make room"], limit=280,
          left=("out", "out/log.jsonl")),
-    Case("disk full: built-in data", "pretrain.py --smoke --out_dir out", ["out/data", "make room"],
-         limit=1000),
+    Case("no such language", "data/world.py --language fr", ["'fr'", "en, zh"]),
+    Case("no such split", "data/world.py --split test", ["'test'", "train or val"]),
+    Case("no text to write", "data/world.py --out_dir w --megabytes 0", ["--megabytes 0", "above 0"]),
+    Case("nothing to recognise", "data/world.py --recognise none.txt", ["none.txt"]),
+    Case("no instructions", "data/instructions.py --out_dir w --examples 2", ["--examples 2", "at least 20"]),
+    Case("instructions into a file", "data/instructions.py --out_dir text.txt", ["text.txt"]),
+    Case("disk full: built-in data", "pretrain.py --smoke --out_dir out", ["out/text", "make room"],
+         limit=1000, left=("out", "out/text")),
 ]
 
 GENERATE_CASES = [
@@ -483,7 +489,7 @@ def run_here(case, monkeypatch):
 def run_apart(case, **environment):
     """The same as run_here, in a process of its own."""
     script, *flags = shlex.split(case.command)
-    module = ["-m", "data.prepare"] if script == "data/prepare.py" else [ROOT / script]
+    module = ["-m", script[:-3].replace("/", ".")] if script.startswith("data/") else [ROOT / script]
     limit = (lambda: limit_files(case.limit)) if case.limit >= 0 else None
     done = subprocess.run([sys.executable, *module, *flags], input=case.stdin, capture_output=True,
                           preexec_fn=limit,
