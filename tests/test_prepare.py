@@ -380,20 +380,21 @@ def refused(result, *words):
 
 def test_command_line(inputs, tokenizer_dir, tmp_path):
     out = tmp_path / "new/out"
+    good = "--input", txt(inputs / "good.txt", english(40))
     common = "--tokenizer", tokenizer_dir, "--out_dir", out
     refused(command(*common, "--input", inputs / "latin.txt"), "latin.txt", "line 300001")
-    refused(command("--out_dir", out, "--tokenizer", tmp_path / "none"), "no tokenizer")
+    refused(command(*good, "--out_dir", out, "--tokenizer", tmp_path / "none"), "no tokenizer")
     refused(command(*common, "--sed", 3), "unknown flag --sed", "--seed")
     assert list(tmp_path.iterdir()) == []
-    result = command(*common)
+    result = command(*common, *good)
     assert result.returncode == 0, result.stderr
     assert "bytes/token" in result.stdout and len(written(out, "train")) > 20
     before = sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*"))
-    refused(command(*common), "--out_dir", "not an empty directory")
+    refused(command(*common, *good), "--out_dir", "not an empty directory")
     assert sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*")) == before
     (tmp_path / "file").write_text("x")
-    refused(command("--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "file/out"), "file")
-    refused(command("--tokenizer", tmp_path / "file", "--out_dir", tmp_path / "x"), "no tokenizer")
+    refused(command(*good, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "file/out"), "file")
+    refused(command(*good, "--tokenizer", tmp_path / "file", "--out_dir", tmp_path / "x"), "no tokenizer")
 
 
 def test_full_disk_leaves_nothing(inputs, tokenizer_dir, tmp_path):
