@@ -40,7 +40,7 @@ demo: setup
 	$(PY) -m data.prepare --input $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt --val_input $(TEXT)/val.en.txt,$(TEXT)/val.zh.txt \
 		--entropy_bound $(TEXT)/entropy_bound.json --tokenizer $(OUT)/tokenizer --out_dir $(OUT)/data
 	$(PY) pretrain.py --config $(SIZE) --data_dir $(OUT)/data --out_dir $(OUT)/pretrain
-	$(PY) generate.py --model $(OUT)/pretrain --samples 40 --max_new_tokens 240 > $(OUT)/tales.txt
+	$(PY) generate.py --model $(OUT)/pretrain --samples 40 --max_new_tokens 240 --temperature 0.5 > $(OUT)/tales.txt
 	$(PY) -m data.world --recognise $(OUT)/tales.txt --tales 10
 
 test: setup-extra
