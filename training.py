@@ -170,7 +170,8 @@ def start_ranks(config):
     try:
         yield ranks
     except RuntimeError as error:
-        if "Connection closed by peer" not in str(error):           # gloo's words when another rank is gone
+        gone = "Connection closed by peer", "Connection reset by peer"      # gloo's words for a rank that ended
+        if not any(words in str(error) for words in gone):
             raise
         raise UserError(f"rank {rank}: another rank ended; its own message says why")
     finally:
