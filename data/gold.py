@@ -9,6 +9,8 @@ training stage sees it.
 import re
 from functools import lru_cache
 
+from batches import in_chinese
+from data.instructions import perfect
 from data.rules import load
 from data.world import Recogniser
 
@@ -66,26 +68,12 @@ class Look:
             return tells(self.text, f"answer.chat.{request['about']}", facts)
         if self.task in ("who", "where", "what", "why"):
             return tells(self.text, f"answer.{self.task}", facts)
-        return self.text in plain_answers(request)
+        return self.text == perfect(request, None)
 
     def has(self, role):
         """1 if a fact stands in a good sentence, a half if only in another."""
         key = self.request["facts"][role]
         return 1 if key in self.named_well else 0.5 if key in self.named else 0
-
-
-def plain_answers(request):
-    """The answers of the tasks that are not told in sentences of their own: mood, list, about."""
-    row = {role: load().row(role, request["facts"][role])[request["language"]] for role in (*NAMED, "after")}
-    if request["task"] == "mood":
-        return [row["after"][""]]
-    if request["task"] == "list":
-        return ["\n".join(f"{i}. {row[role]['']}" for i, role in enumerate(NAMED, 1))]
-    hero, en = row["hero"], request["language"] == "en"
-    space, template = (" ", "The {} of {} is {}.") if en else ("", "{1}的{0}是{2}。")
-    words = ("kind", "character", "home", "favourite food") if en else ("种类", "性格", "住处", "最爱吃的")
-    return [space.join(template.format(word, hero[""], hero[fact])
-                       for word, fact in zip(words, ("kind", "trait", "home", "likes")))]
 
 
 def named(text, language):
@@ -123,7 +111,7 @@ def accuracy(look):
     if look.task == "list":
         return 1 + 3 * sum(facts[role] in look.named for role in NAMED) / len(NAMED)
     if look.task == "about":
-        return 1 + 3 * sum(part in look.text for part in re.split(r"(?<=[.。])\s*", plain_answers(request)[0])
+        return 1 + 3 * sum(part in look.text for part in re.split(r"(?<=[.。])\s*", perfect(request, None))
                            if part) / 4
     if look.task == "mood":
         words = [load().row(role, facts[role])[look.language][""] for role in ("after", "before")]
@@ -139,7 +127,7 @@ def relevance(look):
     """Is it what was asked for, about what was asked for, in the language that was asked for?"""
     if look.exact:
         return 5
-    if in_other_language(look.text, look.language):
+    if re.search(r"\w", look.text) and in_chinese(look.text) != (look.language == "zh"):
         return 1
     if look.task in ("mood", "list", "about"):
         return accuracy(look)
@@ -191,15 +179,7 @@ def concision(look):
     least, most = look.request["sentences"]
     n = len(look.judged)
     if look.task in ("mood", "list"):
-        return 4 if len(look.text) <= 2 * len(plain_answers(look.request)[0]) else 2
+        return 4 if len(look.text) <= 2 * len(perfect(look.request, None)) else 2
     mark = 5 - max(0, n - most) - 1.5 * max(0, least - n)
     words = len(look.text.split()) if look.language == "en" else len(look.text) / 2
     return mark - (words < 4 * least) - (words > 22 * most)
-
-
-def in_other_language(text, language):
-    """Whether most of the letters are of the other language."""
-    han, latin = (sum(low <= c <= high for c in text) for low, high in (("\u4e00", "\u9fff"), ("a", "z")))
-    return (3 * han > latin) != (language == "zh") if han + latin else False
-
-
