@@ -25,60 +25,6 @@ DTYPES = ("uint16", "uint32")
 PIECES_AT_ONCE = 1024       # pieces that bits per byte holds in memory and packs together
 
 
-# ---- records
-
-def to_messages(record):
-    """A record of any of the seven instruction formats as [{"role", "content"}].
-
-    The first row whose keys are all there wins: messages, or a list of turns; entity and facts; instruction
-    (input) output; question answer; prompt completion; text label; input target.
-    """
-    if isinstance(record, list):
-        return [{"role": turn["role"], "content": turn["content"]} for turn in record]
-    has = lambda *keys: all(key in record for key in keys)                      # noqa: E731
-    if has("messages"):
-        return to_messages(record["messages"])
-    if has("entity", "facts"):
-        return entity_messages(record["entity"], record["facts"])
-    if has("instruction", "output"):
-        extra = record.get("input")
-        user, output = record["instruction"] + (f"\n\n{extra}" if extra else ""), record["output"]
-        if isinstance(output, list):
-            output = "\n".join(f"{i}. {item}" for i, item in enumerate(output, 1))
-        return turns(user, output)
-    if has("question", "answer"):
-        return turns(record["question"], record["answer"])
-    if has("prompt", "completion"):
-        return turns(record["prompt"], record["completion"])
-    if has("text", "label"):
-        ask = "这段文字应该标成什么？" if in_chinese(record["text"]) else "Which label fits this text?"
-        return turns(f"{ask}\n{record['text']}", record["label"])
-    if has("input", "target"):
-        return turns(record["input"], record["target"])
-    raise UserError(f"a record with the keys {', '.join(map(str, record)) or '(none)'} is in none of the "
-                    "formats: messages; entity facts; instruction output; question answer; prompt "
-                    "completion; text label; input target")
-
-
-def in_chinese(text):
-    """Whether Chinese characters say more of a text than Latin letters; one says about as much as three."""
-    han, latin = (sum(low <= c <= high for c in text) for low, high in ("\u4e00\u9fff", "az"))
-    return 3 * han > latin
-
-
-def turns(user, assistant):
-    """One question and its answer."""
-    return [{"role": "user", "content": str(user)}, {"role": "assistant", "content": str(assistant)}]
-
-
-def entity_messages(entity, facts):
-    """"Tell me about ENTITY." and one sentence a fact, in the language of the record."""
-    if in_chinese(entity + "".join(f"{f['fact']}{f['value']}" for f in facts)):
-        return turns(f"请介绍{entity}。", "".join(f"{entity}的{f['fact']}是{f['value']}。" for f in facts))
-    said = " ".join(f"The {f['fact']} of {entity} is {f['value']}." for f in facts)
-    return turns(f"Tell me about {entity}.", said)
-
-
 # ---- shards
 
 class Shards:

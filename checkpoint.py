@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -57,10 +57,24 @@ def begin(config, model, optimizer, scaler, tokenizer, ranks):
     return training["state"]
 
 
+def source(config, say=print):
+    """(ModelConfig, tokenizer) that a run starts from: those of --init_from, on --resume those of the run.
+
+    Dropout and max_seq_len (0 = as it is) may differ: no weight depends on them.
+    """
+    if not (config.resume or config.init_from):
+        raise UserError("--init_from is missing; name the pretraining run or checkpoint to start from")
+    path = resolve(config.out_dir if config.resume else config.init_from, say)
+    found = model_config(read_config(path)["config"])
+    found = replace(found, dropout=config.dropout, max_seq_len=config.max_seq_len or found.max_seq_len)
+    return found, Tokenizer.load(path / "tokenizer")
+
+
 def save_run(stage, config, model, optimizer, scaler, tokenizer, state, ranks, **extra):
     """Write the checkpoint of a run's state on rank 0, the others wait; `extra` goes into config.json."""
     if ranks.is_main:
-        record = {"stage": stage, "config": vars(config), "tokens": state["tokens"], **extra}
+        record = {"stage": stage, "config": vars(config) | vars(model.config),
+                  "tokens": state["tokens"], **extra}
         training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "state": state}
         save(config.out_dir, state["step"], record, model.state_dict(), training, tokenizer,
              best=state.get("best_step") == state["step"], keep_every=config.keep_every)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from cli import UserError, option
 
 IGNORE_INDEX = -100                 # a target that is not to be learnt
-MAX_LOGITS = 2 ** 25                # logits held at once by the loss: 128 MiB in fp32
+MAX_LOGITS = 2 ** 25                # logits held at once: 128 MiB in fp32
+CACHED_LOGITS = 2 ** 20             # the same on a CPU, whose cache they fit
+MIN_CHUNK = 256                     # tokens whose logits are made at once at least: fewer make slow products
 INITS = ("normal", "xavier", "he")
 
 
@@ -234,28 +235,24 @@ class LanguageModel(nn.Module):
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         init_weights(self, config)
 
+    @property
+    def head_weight(self):
+        """The matrix of the head, (V, D)."""
+        return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
     def head(self, stream):
         """Logits (..., V) of the stream (..., D)."""
-        tied = self.config.tie_embeddings
-        return F.linear(stream, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+        return F.linear(stream, self.head_weight)
 
     def forward(self, ids, targets=None, doc_ids=None, cache=None):
         """Give logits (B, T, V); with targets (B, T) the (sum, count) of token_loss instead.
 
-        Both come from one forward because the trained one must go through the DDP or FSDP wrapper. The loss
-        never holds more than MAX_LOGITS logits: beyond, they are made a chunk of tokens at a time, and again
-        in backward.
+        Both come from one forward because the trained one must go through the DDP or FSDP wrapper.
         """
         stream = self.model(ids, doc_ids, cache)
         if targets is None:
             return self.head(stream)
-        if targets.numel() * self.config.vocab_size <= MAX_LOGITS:
-            return token_loss(self.head(stream), targets)
-        chunk = max(1, MAX_LOGITS // self.config.vocab_size)
-        total = stream.new_zeros((), dtype=torch.float32)
-        for part, wanted in zip(stream.flatten(0, 1).split(chunk), targets.flatten().split(chunk)):
-            total = total + checkpoint(lambda s, t: token_loss(self.head(s), t)[0], part, wanted,
-                                       use_reentrant=False)
+        total = HeadLoss.apply(stream.flatten(0, 1), self.head_weight, targets.flatten())
         return total, (targets != IGNORE_INDEX).sum()
 
 
@@ -322,6 +319,47 @@ def token_loss(logits, targets):
     return total, (targets != IGNORE_INDEX).sum()
 
 
+def chunk_of_tokens(vocab_size, device):
+    """Tokens whose logits HeadLoss makes at once."""
+    return max(MIN_CHUNK, (CACHED_LOGITS if device.type == "cpu" else MAX_LOGITS) // vocab_size)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The sum of token_loss(F.linear(stream, weight), targets), whose logits never exist all at once.
+
+    stream (N, D), weight (V, D), targets (N,). What backward needs of a logit is its softmax, so the gradient
+    is made while a chunk's logits are still in the cache, and backward only scales it (Hsu et al. 2024, Liger
+    Kernel): no logits are stored, and none made twice.
+    """
+
+    @staticmethod
+    def forward(ctx, stream, weight, targets):
+        if torch.is_autocast_enabled(stream.device.type):
+            work_type = torch.get_autocast_dtype(stream.device.type)
+            x, w = stream.to(work_type), weight.to(work_type)
+        else:
+            x, w = stream, weight
+        wide = torch.promote_types(w.dtype, torch.float32)              # fp32; float64 in tests
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        d_stream, d_weight = torch.empty_like(x), torch.zeros_like(weight)
+        size = chunk_of_tokens(len(w), x.device)
+        for part in (slice(i, i + size) for i in range(0, len(x), size)):
+            learnt = targets[part, None] != IGNORE_INDEX
+            wanted = targets[part, None].where(learnt, 0)
+            logp = F.linear(x[part], w).to(wide).log_softmax(-1)        # (n, V)
+            total = total - (logp.gather(1, wanted) * learnt).sum()
+            d_logits = (logp.exp().scatter_add(1, wanted, -torch.ones_like(logp[:, :1])) * learnt).to(x.dtype)
+            d_stream[part] = d_logits @ w
+            d_weight += d_logits.mT @ x[part]
+        ctx.save_for_backward(d_stream, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        d_stream, d_weight = ctx.saved_tensors
+        return d_stream * d_total, d_weight * d_total, None
+
+
 def token_logprobs(logits, ids, temperature=1.0):
     """Log p(ids[:, 1:]) of softmax(logits / temperature) in fp32 nats, (B, T-1).
 
@@ -357,8 +395,7 @@ def training_memory(config, micro_batch_size, seq_len, state_bytes=8, activation
     state_bytes: of the optimiser a parameter (8 = two fp32 moments); activation_bytes: 2 under autocast.
     Activations are what autograd keeps for backward. In fp32 always: the stream, its norms' insides and
     outputs, 6 D a token and block, and 2 (H + G) K for qk_norm; in the working type 4 F + 3 H K + 2 G K, and
-    the cast matrices once; of the logits three fp32 copies: log-softmax and the gradients of its output and
-    input.
+    the cast matrices once; of the logits of one chunk three fp32 copies.
     """
     n, tokens = count_params(config)["all"], micro_batch_size * seq_len
     H, G, K = config.n_heads, config.n_kv_heads, config.head_dim

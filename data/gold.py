@@ -9,10 +9,10 @@ training stage sees it.
 import re
 from functools import lru_cache
 
-from batches import in_chinese
 from data.instructions import perfect
 from data.rules import load
 from data.world import Recogniser
+from metrics import in_chinese
 
 ASPECTS = "accuracy", "relevance", "naturalness", "concision"
 NAMED = "hero", "friend", "thing", "place"              # what a summary or a list of a tale must hold

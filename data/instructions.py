@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from batches import to_messages
 from cli import UserError, option, parse_config, progress_bar, run, write_text
 from data.rules import LANGUAGES, load
 from data.world import draw_facts, generator, sentences, split_of, tell
+from records import to_messages
 
 SHARES = {"tale": 10, "continue": 2, "summary": 2, "translate": 2, "who": 1, "where": 1, "what": 1, "why": 1,
           "mood": 1, "about": 1, "list": 1, "chat": 1}              # of the SFT examples

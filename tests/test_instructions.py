@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from batches import to_messages
+from records import to_messages
 from cli import UserError
 from data.instructions import SHARES, InstructionsConfig, example, plan, write_files
 from data.rules import LANGUAGES

@@ -403,22 +403,23 @@ def test_no_target_to_learn_gives_zero():
     assert total == 0 and count == 0
 
 
-@pytest.mark.parametrize("tokens_at_once", [1, 5, 8])       # of 24; 5 leaves a shorter last chunk
+@pytest.mark.parametrize("tokens_at_once", [1, 5, 8, 64])   # of 24; 5 leaves a shorter last chunk
 @pytest.mark.parametrize("shape", ["gqa", "mha"])
-def test_the_loss_in_chunks_equals_the_whole(shape, tokens_at_once, monkeypatch):
+def test_the_loss_in_chunks_equals_that_of_whole_logits(shape, tokens_at_once, monkeypatch):
     lm, ids, targets = build(**SHAPES[shape]).double(), random_ids(2, 12), random_ids(2, 12, seed=6)
     targets[targets < 9] = IGNORE_INDEX
-    whole, count = lm(ids, targets)
-    wanted = gradients(whole, lm)
-    monkeypatch.setattr(model, "MAX_LOGITS", tokens_at_once * SMALL["vocab_size"] + 1)
-    held, head = [], lm.head
-    monkeypatch.setattr(lm, "head", lambda stream: held.append(head(stream).numel()) or head(stream))
+    wanted, count = model.token_loss(lm(ids), targets)
+    monkeypatch.setattr(model, "chunk_of_tokens", lambda vocab_size, device: tokens_at_once)
     total, chunked_count = lm(ids, targets)
-    assert_close(total, whole, 1e-6)
+    assert_close(total, wanted, 1e-6)
     assert chunked_count == count == (targets != IGNORE_INDEX).sum()
-    assert_same_gradients(gradients(total, lm), wanted, 1e-6)
-    assert max(held) <= model.MAX_LOGITS
-    assert sum(held) == 2 * 24 * SMALL["vocab_size"]        # once in forward, once more in backward
+    assert_same_gradients(gradients(3 * total, lm), gradients(3 * wanted, lm), 1e-6)
+
+
+@pytest.mark.parametrize("vocab_size", [256, 4096, 128_000])
+def test_logits_held_at_once_are_few(vocab_size):
+    tokens = model.chunk_of_tokens(vocab_size, torch.device("cpu"))
+    assert tokens * vocab_size <= max(model.CACHED_LOGITS, model.MIN_CHUNK * vocab_size)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])

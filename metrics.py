@@ -1,0 +1,175 @@
+"""Numbers that judge replies, as pure functions of texts and labels.
+
+BLEU (Papineni et al. 2002) and ROUGE (Lin 2004) give the figures of sacrebleu and rouge-score; Chinese is
+cut into characters, so that a Chinese reply is never 0 by mistake.
+Shares are 0-1, BLEU is 0-100. `references` of a reply is a list: any one of them is right.
+"""
+
+import math
+import re
+from collections import Counter
+
+# What sacrebleu's "zh" sets apart: Han characters, their punctuation, full-width forms, most symbols.
+HAN = ("\u2001-\u2a6d\u2e80-\u2fdf\u2ff0-\u303f\u3100-\u312f\u31a0-\u31bf\u31c0-\u31ef\u3200-\u4db5\u4e00-\u9fbb"
+       "\uf900-\ufa2d\ufa30-\ufa6a\ufa70-\ufad9\ufe10-\ufe1f\ufe30-\ufe4f\uff00-\uffef")
+
+
+# ---- cutting texts into tokens
+
+def in_chinese(text):
+    """Whether Chinese characters say more of a text than Latin letters; one says about as much as three."""
+    han, latin = (sum(low <= c <= high for c in text) for low, high in ("\u4e00\u9fff", "az"))
+    return 3 * han > latin
+
+
+def words(text):
+    """Small words of a text; letters of scripts beyond Latin and Greek, Han above all, one by one.
+
+    words("The cat, 2 猫咪!") -> ["the", "cat", "2", "猫", "咪"]. For English this is rouge-score's cutting,
+    which ends a word at an accented letter.
+    """
+    return re.findall(r"[a-z0-9]+|(?![\x00-\u03ff])[^\W_]", text.lower())
+
+
+def bleu_tokens(text, chinese=False):
+    """Tokens as BLEU counts them: sacrebleu's "13a", or its "zh" with Han characters one by one.
+
+    bleu_tokens("He paid 3.50, so") -> ["He", "paid", "3.50", ",", "so"]
+    """
+    if chinese:
+        text = re.sub(f"([{HAN}])", r" \1 ", text.strip())
+    else:
+        text = f" {text} ".replace("<skipped>", "").replace("-\n", "")
+        for entity, char in ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"):
+            text = text.replace(entity, char)
+    text = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", text.replace("\n", " "))
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)           # full stops and commas, but not inside a number
+    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)
+    return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
+
+
+def ngrams(tokens, n):
+    """How often each n tokens in a row occur: Counter of tuples."""
+    return Counter(zip(*(tokens[i:] for i in range(n))))
+
+
+# ---- labels
+
+def accuracy(predicted, true):
+    """Share of labels that are right."""
+    check_lengths(predicted, true)
+    return sum(p == t for p, t in zip(predicted, true)) / len(true) if true else 0.0
+
+
+def precision_recall_f1(predicted, true, average="macro"):
+    """(precision, recall, F1) over all labels that occur; what is 0/0 counts as 0.
+
+    macro: the mean over labels, rare ones counting as much as frequent ones; micro: of all decisions
+    together, which for one label a text is the accuracy.
+    """
+    check_lengths(predicted, true)
+    right = Counter(t for p, t in zip(predicted, true) if p == t)
+    made, there = Counter(predicted), Counter(true)
+    if average == "micro":
+        return (ratios(right.total(), made.total(), there.total()))
+    if average != "macro":
+        raise ValueError(f"average {average!r} must be macro or micro")
+    labels = made.keys() | there.keys()
+    rows = [ratios(right[label], made[label], there[label]) for label in labels]
+    return tuple(sum(column) / len(rows) for column in zip(*rows)) if rows else (0.0, 0.0, 0.0)
+
+
+def ratios(right, made, there):
+    """(precision, recall, F1) of `right` hits among `made` guesses at `there` truths."""
+    return (right / made if made else 0.0, right / there if there else 0.0,
+            2 * right / (made + there) if right else 0.0)
+
+
+def check_lengths(a, b):
+    """Refuse two lists that are not about the same texts."""
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} predictions for {len(b)} texts; give one for each")
+
+
+# ---- a reply against references
+
+def exact_match(reply, references):
+    """1.0 if the reply has the words of a reference in its order, else 0.0; case and punctuation are free."""
+    return float(any(words(reply) == words(reference) for reference in references))
+
+
+def token_f1(reply, references):
+    """F1 of the bag of words against the best reference (Rajpurkar et al. 2016, which drops articles, too)."""
+    return max((bag_f1(ngrams(words(reply), 1), ngrams(words(ref), 1)) for ref in references), default=0.0)
+
+
+def rouge(reply, references):
+    """{"rouge1", "rouge2", "rougeL"}: F1 of words, of pairs, of the longest common subsequence; best reference."""
+    found = words(reply)
+    wanted = [words(reference) for reference in references]
+    return {f"rouge{n}": max((bag_f1(ngrams(found, n), ngrams(w, n)) for w in wanted), default=0.0)
+            for n in (1, 2)} | {"rougeL": max((ratios(common(found, w), len(found), len(w))[2] for w in wanted),
+                                              default=0.0)}
+
+
+def bag_f1(found, wanted):
+    """F1 of two Counters."""
+    return ratios((found & wanted).total(), found.total(), wanted.total())[2]
+
+
+def common(a, b):
+    """Length of the longest common subsequence of two lists, O(len(a) len(b))."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        corner = 0                                              # the entry up and to the left
+        for j, y in enumerate(b, 1):
+            corner, row[j] = row[j], corner + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def bleu(replies, references, max_n=4):
+    """BLEU of a corpus, 0-100: geometric mean of clipped n-gram precisions times the brevity penalty.
+
+    An order without a hit counts as 1/2, 1/4, ... of a hit (sacrebleu's default, Chen & Cherry 2014, method
+    3); the corpus scores 0 if no word hits or if no reply has max_n tokens.
+
+    Args:
+        references: for each reply a list of texts; the length nearest to the reply's counts. If they are
+            in Chinese as a whole, all texts are cut so.
+    """
+    check_lengths(replies, references)
+    chinese = in_chinese("".join(text for texts in references for text in texts))
+    hits, made, length, wanted_length = [0] * max_n, [0] * max_n, 0, 0
+    for reply, texts in zip(replies, references):
+        found, wanted = bleu_tokens(reply, chinese), [bleu_tokens(text, chinese) for text in texts]
+        length += len(found)
+        wanted_length += min((abs(len(w) - len(found)), len(w)) for w in wanted)[1]
+        for n in range(1, max_n + 1):
+            counts, best = ngrams(found, n), Counter()
+            for w in wanted:
+                best |= ngrams(w, n)
+            hits[n - 1] += (counts & best).total()
+            made[n - 1] += counts.total()
+    if not any(hits) or not all(made):
+        return 0.0
+    log_precision, missed = 0.0, 0
+    for hit, total in zip(hits, made):
+        missed += hit == 0
+        log_precision += math.log((hit or 0.5 ** missed) / total) / max_n
+    return 100 * math.exp(log_precision + min(0.0, 1 - wanted_length / length))
+
+
+# ---- a reply by itself
+
+def distinct_n(texts, n=2):
+    """Share of different n-grams among all n-grams of many texts (Li et al. 2016): 1 never says a thing twice."""
+    counts = Counter()
+    for text in texts:
+        counts.update(ngrams(words(text), n))
+    return len(counts) / counts.total() if counts else 0.0
+
+
+def repetition_rate(text, n=4):
+    """Share of a text's n-grams that stand in it before: 0 for a text that never repeats itself."""
+    counts = ngrams(words(text), n)
+    return 1 - len(counts) / counts.total() if counts else 0.0
