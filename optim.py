@@ -1,6 +1,6 @@
 """The optimizers a run can choose: torch's Adam, AdamW and Muon, and LAMB and LARS by hand.
 
-Each is a `torch.optim.Optimizer` whose lr is set from outside, on all its `param_groups`, at each step.
+Each is a `torch.optim.Optimizer` whose lr is set from outside at each step, by `set_lr`.
 
 Adam with weight decay is not AdamW (Loshchilov & Hutter 2019). Adam adds weight_decay * w to the gradient
 (L2, coupled) and then divides it by sqrt(v), which takes its strength away; AdamW shrinks w beside the step,
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from cli import UserError
 
 OPTIMIZERS = ("adam", "adamw", "muon", "lamb", "lars")
+EMBEDDING_LR = 4.0                                      # of Muon's AdamW, beside 1 for head and vectors
 FUSED_DEVICES = {"cpu", "cuda", "mps"}                  # where torch >= 2.10 has one kernel for Adam's step
 TRUST_COEFFICIENT = 0.001                               # of LARS (You et al. 2017)
 
@@ -57,6 +58,12 @@ def make_optimizer(name, model, learning_rate, beta1, beta2, eps, weight_decay):
     return LARS(groups, dict(lr=learning_rate, momentum=beta1, trust_coefficient=TRUST_COEFFICIENT))
 
 
+def set_lr(optimizer, lr):
+    """Set the lr of all groups; one with a `lr_scale` has that many times as much."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
 def check(name, learning_rate, beta1, beta2, eps, weight_decay):
     """Refuse an unknown name and numbers outside their range, each with one line."""
     if name not in OPTIMIZERS:
@@ -79,11 +86,15 @@ def muon_with_adamw(model, weight_decay, adam):
 
     Muon's step is an orthogonalised momentum: every direction of a matrix moves about equally far. One lr
     serves both: "match_rms_adamw" scales by 0.2 sqrt(max(rows, columns)), to AdamW's size (Liu et al. 2025).
+    Embeddings move EMBEDDING_LR times as fast: a rare token's row has a gradient in few steps (LOG.md).
     """
     named = list(model.named_parameters())
     inside = {n for n, p in named if p.ndim == 2 and "model.layers." in n}    # under any wrapper's prefix
     blocks = split([(n, p) for n, p in named if n in inside], weight_decay)
-    others = split([(n, p) for n, p in named if n not in inside], weight_decay)
+    embedding = split([(n, p) for n, p in named if n.endswith("embed_tokens.weight")], weight_decay)
+    done = inside.union(*(group["param_names"] for group in embedding))
+    others = split([(n, p) for n, p in named if n not in done], weight_decay)
+    others += [group | {"lr_scale": EMBEDDING_LR} for group in embedding]
     muon = Muon(blocks, lr=adam["lr"], adjust_lr_fn="match_rms_adamw")
     return Chain(muon, torch.optim.AdamW(others, **adam, fused=has_fused(model)))
 

@@ -22,7 +22,7 @@ from cli import UserError, option, parse_config, run
 from generate import generate
 from model import (MAX_LOGITS, LanguageModel, ModelConfig, count_params, flops_per_token, token_loss,
                    training_memory)
-from optim import make_optimizer
+from optim import make_optimizer, set_lr
 from tokenizer import Tokenizer
 from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, accumulate, at_least, autocast,
                       batch_sizes, check, clip_and_step, draw_seed, free_memory, intervals, loss_scaler,
@@ -99,8 +99,7 @@ def train(config, ranks):
             started = time.perf_counter()
             batch, batch_rows = batch_of(step)
             tokens, lr = batch_rows * config.max_seq_len, lr_at(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
             # 2. Loss and gradient, micro-batch by micro-batch.
             forward.train()
             loss = accumulate(forward, loss_of, batch, micro_batch_size, tokens, ranks, scaler, config.seed,

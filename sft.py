@@ -26,7 +26,7 @@ from batches import rows_of_step, share
 from cli import UserError, option, parse_config, run
 from generate import generate
 from model import IGNORE_INDEX, MAX_LOGITS, LanguageModel, ModelConfig, flops_per_token, token_loss
-from optim import make_optimizer
+from optim import make_optimizer, set_lr
 from records import conversation_rows, pack, read_conversations
 from tokenizer import SPECIALS, Tokenizer
 from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, accumulate, at_least, autocast,
@@ -77,11 +77,14 @@ def main(config):
 
 def train(config, ranks):
     """The run: what is needed, then the loop; returns the model."""
+    micro_batch_size = check(config, ranks)
+    at_least(0, config, "samples", "teacher_coef", "label_smoothing", "epochs")
+    at_least(1, config, "sample_tokens")
+    if config.label_smoothing >= 1:
+        raise UserError(f"label_smoothing {config.label_smoothing} is a share; give 0 or more and less than 1")
     model_config, tokenizer = checkpoint.source(config, ranks.say)
     data, config = open_data(config, model_config, tokenizer, ranks)
-    micro_batch_size = check(config, ranks)
-    at_least(0, config, "samples", "teacher_coef", "label_smoothing")
-    at_least(1, config, "sample_tokens")
+    model_config = replace(model_config, max_seq_len=config.max_seq_len)
     torch.manual_seed(draw_seed(config.seed, "init"))
     model = LanguageModel(model_config).to(ranks.device)
     optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.beta1, config.beta2,
@@ -102,8 +105,7 @@ def train(config, ranks):
             mine = [data["rows"][r] for r in share(rows, ranks.rank, ranks.world_size)]
             batch = [x.to(ranks.device) for x in conversation_rows(data["train"], mine, config.max_seq_len)]
             tokens, lr = int(data["tokens"][rows].sum()), lr_at(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
             # 2. Loss and gradient, micro-batch by micro-batch.
             forward.train()
             loss = accumulate(forward, loss_of, batch, micro_batch_size, data["weights"][rows].sum(), ranks,
@@ -164,9 +166,9 @@ def open_data(config, model_config, tokenizer, ranks):
     weights = np.array([sum(train[i].weight * train[i].learn[1:].sum() for i in row) for row in rows])
     ranks.say(f"rows: {len(rows):,} of {T} positions, {tokens.sum() / (len(rows) * T):.1%} of them real, "
               f"{weights.sum():,.0f} to learn")
-    steps = max(1, len(rows) // config.batch_size)                      # of an epoch
+    steps = max(1, round(len(rows) / config.batch_size))                # of an epoch
     config = replace(config, max_seq_len=T, **(
-        {"max_steps": max(1, round(config.epochs * len(rows) / config.batch_size))} if config.epochs else {}))
+        {"max_steps": max(1, round(config.epochs * steps))} if config.epochs else {}))
     if config.by_epoch:
         config = replace(config, eval_every=steps, save_every=steps)
     return {"train": train, "val": val, "rows": rows, "tokens": tokens, "weights": weights}, config

@@ -260,7 +260,10 @@ def test_muon_takes_the_matrices_inside_blocks_under_any_wrapper(prefix):
     blocks, *others = optimizer.param_groups
     assert set(blocks["param_names"]) == {prefix + n for n in BLOCK} and "momentum" in blocks
     assert {n for g in others for n in g["param_names"]} == {prefix + n for n in OTHER_MATRICES | VECTORS}
-    assert [g["weight_decay"] for g in others] == [DECAY, 0.0]
+    assert [g["weight_decay"] for g in others] == [DECAY, 0.0, DECAY]
+    optim.set_lr(optimizer, 0.5)
+    rates = {n.removeprefix(prefix): g["lr"] for g in optimizer.param_groups for n in g["param_names"]}
+    assert rates.pop("model.embed_tokens.weight") == 0.5 * optim.EMBEDDING_LR and set(rates.values()) == {0.5}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
