@@ -29,9 +29,10 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
                       lr_at, matmul_peak, start_ranks, wrap)
 
 PRESETS = {     # a shape, and the lr, batch and length that suit it; the data decides max_steps
-    "demo": dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=352, max_seq_len=256,
-                 tie_embeddings=False, qk_norm=True, batch_size=8, max_steps=700, learning_rate=1e-2,
-                 warmup_steps=40, eval_every=350, eval_documents=100, save_every=350),
+    "demo": dict(d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=352, max_seq_len=256,
+                 tie_embeddings=False, qk_norm=True, batch_size=8, max_steps=1000, learning_rate=5e-3,
+                 schedule="wsd", decay_fraction=0.3, warmup_steps=40, eval_every=500, eval_documents=100,
+                 save_every=500),
     "tiny": dict(d_model=192, n_layers=5, n_heads=6, n_kv_heads=2, d_ff=512, max_seq_len=256,
                  batch_size=16, max_steps=620, learning_rate=1e-2, dropout=0.1),
     "quick-1mb": dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=352, max_seq_len=256,
