@@ -1,7 +1,7 @@
 """Evaluation: what a checkpoint knows in numbers, several side by side.
 
     python evaluate.py --models out/pretrain,out/sft --tasks DATA/eval_val.jsonl --requests DATA/requests.jsonl
-    python evaluate.py --models out/pretrain --text_dir out/data            # bits per byte and perplexity
+    python evaluate.py --models out/pretrain --text_dir out/data            # bits per byte
     python evaluate.py --runs "out/*"                                       # one row a run with its settings
 
 Replies are greedy unless told otherwise. Task files: {id, task, language, messages, references, labels}, from
@@ -36,7 +36,7 @@ class EvaluateConfig:
     models: str = option("", "OUT directories or checkpoints, separated by commas")
     tasks: str = option("", "examples with references, .jsonl")
     requests: str = option("", "requests.jsonl of the story world; with it, gold marks the replies")
-    text_dir: str = option("", "token shards; bits per byte and perplexity of their validation split")
+    text_dir: str = option("", "token shards; bits per byte of their validation split")
     limit: int = option(0, "examples of each task and language; 0 = all")
     temperature: float = option(0.0, "0 = greedy")
     max_new_tokens: int = option(100, "longest reply, tokens")

@@ -1,0 +1,110 @@
+"""Evaluation: replies, choices by log-probability by loops, numbers of known replies, bad files."""
+
+import json
+
+import pytest
+import torch
+
+import checkpoint
+import evaluate
+from cli import UserError
+from data.instructions import InstructionsConfig, write_files
+from evaluate import EvaluateConfig, answer, likeliest, read_examples, read_requests, runs_table, summary
+from model import LanguageModel, ModelConfig
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """A directory with files of instructions and an untrained model in `model`."""
+    directory = tmp_path_factory.mktemp("evaluate")
+    write_files(InstructionsConfig(str(directory), examples=240, prompts=20))
+    tokenizer = Tokenizer.train((directory / "sft_train.jsonl").read_text(encoding="utf-8").splitlines(), 400)
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(400, d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=32, max_seq_len=300))
+    checkpoint.save(directory / "model", 7, {"stage": "sft", "config": vars(model.config), "tokens": 5},
+                    model.state_dict(), {}, tokenizer)
+    (directory / "model/log.jsonl").write_text('{"step": 1, "time": 1, "loss": 2}\n{"step": 1, "time": 1, "val_loss": 3.5}\n')
+    return directory
+
+
+def test_perfect_replies_get_full_marks_and_others_do_not(ready):
+    examples = read_examples(str(ready / "eval_val.jsonl"))
+    requests = read_requests(str(ready / "requests.jsonl"), examples)
+    for reply, low, high in (lambda e: e["references"][0], 1, 1), (lambda e: "", 0, 0), (lambda e: "zzz", 0, 0):
+        told = [{**e, "reply": reply(e), "ended": True, "chosen": (e["labels"] or [None])[0],
+                 "marks": evaluate.rate(requests[e["id"]], reply(e))} for e in examples]
+        rows = summary(told, requests)
+        assert len(rows) == 24 and sum(row["n"] for row in rows) == len(examples)
+        for row in rows:
+            for key in "exact", "token_f1", "rougeL", "accuracy", "elements":
+                assert low <= row.get(key, low) <= high, (key, row)
+            assert (row["gold"] == 5) == (low == 1) and (row["task"] != "mood" or "macro_f1" in row)
+
+
+def test_the_likeliest_label_by_loops(ready):
+    model, tokenizer, _ = checkpoint.load_model(ready / "model")
+    messages, labels = [{"role": "user", "content": "How is Pip?"}], ["happy", "very sad", "a", "高兴"]
+    scores = []
+    for label in labels:
+        ids, learn = tokenizer.encode_chat([*messages, {"role": "assistant", "content": label}])
+        logp = model(torch.tensor([ids]))[0].log_softmax(-1)
+        scores.append(sum(logp[i - 1, ids[i]].item() for i in range(len(ids)) if learn[i]))
+    assert likeliest(model, tokenizer, messages, labels) == labels[scores.index(max(scores))]
+    order = sorted(labels, key=lambda label: -scores[labels.index(label)])
+    assert likeliest(model, tokenizer, messages, order[1:]) == order[1]
+
+
+def test_a_reply_does_not_depend_on_its_neighbours_and_ends_are_seen(ready, monkeypatch):
+    model, tokenizer, _ = checkpoint.load_model(ready / "model")
+    asked = [[{"role": "user", "content": "x " * n}] for n in (9, 1, 4)]
+    texts, ended = answer(model, tokenizer, asked, 5)
+    assert texts == [answer(model, tokenizer, [a], 5)[0][0] for a in asked]
+    ends = {0: [tokenizer.im_end_id], 1: [tokenizer.eot_id], 2: [65, 66]}
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, *a, **k: [ends[i] for i in range(len(prompts))])
+    texts, ended = answer(model, tokenizer, asked, 5)
+    assert sorted(ended) == [False, False, True] and sorted(map(bool, texts)) == [False, False, True]
+
+
+def test_main_prints_and_writes_everything(ready, tmp_path, capsys):
+    evaluate.main(EvaluateConfig(models=str(ready / "model"), tasks=str(ready / "eval_val.jsonl"), limit=1, show=1,
+                                 requests=str(ready / "requests.jsonl"), max_new_tokens=4, out=str(tmp_path / "e.json"),
+                                 device="cpu"))
+    (found,) = json.loads((tmp_path / "e.json").read_text(encoding="utf-8")).values()
+    assert len(found["tasks"]) == len(found["replies"]) == 24 and "accuracy_by_logprob" in capsys.readouterr().out
+
+
+def test_runs_side_by_side(ready):
+    (row,) = runs_table(str(ready / "m*"))
+    assert (row["stage"], row["step"], row["tokens"], row["d_model"], row["val_loss"]) == ("sft", 7, 5, 32, 3.5)
+    with pytest.raises(UserError, match="no run"):
+        runs_table(str(ready / "nothing*"))
+
+
+GOOD = {"id": "1", "task": "t", "language": "en", "messages": [{"role": "user", "content": "x"}], "references": ["y"]}
+
+
+@pytest.mark.parametrize("line, words", [
+    ("", "no examples"), ("{", "not a JSON record"), ("[]", "no 'id'"), (json.dumps({"id": "1"}), "no 'task'"),
+    (json.dumps(GOOD | {"references": []}), "references"), (json.dumps(GOOD | {"references": "y"}), "references"),
+    (json.dumps(GOOD | {"messages": []}), "no turn of a user"),
+    (json.dumps(GOOD | {"messages": [{"role": "assistant", "content": "x"}]}), "turn 1 is of assistant"),
+])
+def test_bad_examples_are_named(line, words, tmp_path):
+    (tmp_path / "e.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError) as error:
+        read_examples(str(tmp_path / "e.jsonl"))
+    assert words in str(error.value) and "e.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(), "--models"), (dict(models="x"), "--tasks"), (dict(models="nowhere", text_dir="x"), "nowhere")])
+def test_bad_flags(changes, words):
+    with pytest.raises(UserError, match=words):
+        evaluate.main(EvaluateConfig(**changes))
+
+
+def test_a_missing_request_is_named(ready, tmp_path):
+    (tmp_path / "r.jsonl").write_text("")
+    with pytest.raises(UserError, match="no request for example"):
+        read_requests(str(tmp_path / "r.jsonl"), [GOOD])
