@@ -1,6 +1,6 @@
 """Evaluation: what a checkpoint knows in numbers, several side by side.
 
-    python evaluate.py --models out/pretrain,out/sft --tasks DATA/eval_val.jsonl --requests DATA/requests.jsonl
+    python evaluate.py --models out/pretrain,out/sft --tasks eval_val.jsonl --requests requests.jsonl
     python evaluate.py --models out/pretrain --text_dir out/data            # bits per byte
     python evaluate.py --runs "out/*"                                       # one row a run with its settings
 
@@ -21,7 +21,8 @@ from batches import Shards, bits_per_byte
 from cli import UserError, option, parse_config, progress_bar, run, write_text
 from data.gold import ASPECTS, Look, rate
 from generate import generate
-from metrics import accuracy, bleu, distinct_n, exact_match, precision_recall_f1, repetition_rate, rouge, token_f1
+from metrics import (accuracy, bleu, distinct_n, exact_match, precision_recall_f1, repetition_rate, rouge,
+                     token_f1)
 from model import IGNORE_INDEX, LanguageModel
 from records import check_messages, chat, read_records
 from training import pick_device
@@ -93,7 +94,7 @@ def read_examples(path, limit=0):
             raise UserError(f"{where}: {record}")
         missing = [key for key in KEYS if key not in record] if isinstance(record, dict) else KEYS
         if missing:
-            raise UserError(f"{where}: no {missing[0]!r}; an example has {', '.join(KEYS)} and perhaps labels")
+            raise UserError(f"{where}: no {missing[0]!r}; an example has {', '.join(KEYS)}, perhaps labels")
         try:
             messages = chat(record["messages"])
             check_messages(messages, last="user")
@@ -158,7 +159,8 @@ def choices(model, tokenizer, examples):
 def likeliest(model, tokenizer, messages, labels):
     """The label with the largest log-probability of all its tokens, its end included."""
     prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
-    rows = [[*prompt, *tokenizer.encode(label), tokenizer.im_end_id][-model.config.max_seq_len:] for label in labels]
+    rows = [[*prompt, *tokenizer.encode(label), tokenizer.im_end_id][-model.config.max_seq_len:]
+            for label in labels]
     T, device = max(map(len, rows)), next(model.parameters()).device
     ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
     targets = torch.full_like(ids, IGNORE_INDEX)
@@ -223,9 +225,9 @@ def runs_table(pattern):
         for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
             last |= {k: v for k, v in json.loads(line).items() if k.startswith(("val_", "bits_per_byte"))}
         config = record["config"]
-        rows.append({"run": out_dir, "stage": record["stage"], "step": record["step"], "tokens": record["tokens"],
-                     **{k: config.get(k, "") for k in ("d_model", "n_layers", "batch_size", "optimizer",
-                                                       "learning_rate", "seed")}, **last})
+        settings = "d_model", "n_layers", "batch_size", "optimizer", "learning_rate", "seed"
+        rows.append({"run": out_dir, **{k: record[k] for k in ("stage", "step", "tokens")},
+                     **{k: config.get(k, "") for k in settings}, **last})
     if not rows:
         raise UserError(f"--runs {pattern}: no run with a checkpoint there; quote the pattern")
     return rows

@@ -10,8 +10,8 @@ import re
 from collections import Counter
 
 # What sacrebleu's "zh" sets apart: Han characters, their punctuation, full-width forms, most symbols.
-HAN = ("\u2001-\u2a6d\u2e80-\u2fdf\u2ff0-\u303f\u3100-\u312f\u31a0-\u31bf\u31c0-\u31ef\u3200-\u4db5\u4e00-\u9fbb"
-       "\uf900-\ufa2d\ufa30-\ufa6a\ufa70-\ufad9\ufe10-\ufe1f\ufe30-\ufe4f\uff00-\uffef")
+HAN = ("\u2001-\u2a6d\u2e80-\u2fdf\u2ff0-\u303f\u3100-\u312f\u31a0-\u31bf\u31c0-\u31ef\u3200-\u4db5"
+       "\u4e00-\u9fbb\uf900-\ufa2d\ufa30-\ufa6a\ufa70-\ufad9\ufe10-\ufe1f\ufe30-\ufe4f\uff00-\uffef")
 
 
 # ---- cutting texts into tokens
@@ -43,7 +43,7 @@ def bleu_tokens(text, chinese=False):
         for entity, char in ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"):
             text = text.replace(entity, char)
     text = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", text.replace("\n", " "))
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)           # full stops and commas, but not inside a number
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)         # full stops and commas, not inside numbers
     text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)
     return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
 
@@ -99,17 +99,18 @@ def exact_match(reply, references):
 
 
 def token_f1(reply, references):
-    """F1 of the bag of words against the best reference (Rajpurkar et al. 2016, which drops articles, too)."""
+    """F1 of the bag of words against the best reference (Rajpurkar et al. 2016, who drop articles, too)."""
     return max((bag_f1(ngrams(words(reply), 1), ngrams(words(ref), 1)) for ref in references), default=0.0)
 
 
 def rouge(reply, references):
-    """{"rouge1", "rouge2", "rougeL"}: F1 of words, of pairs, of the longest common subsequence; best reference."""
-    found = words(reply)
-    wanted = [words(reference) for reference in references]
-    return {f"rouge{n}": max((bag_f1(ngrams(found, n), ngrams(w, n)) for w in wanted), default=0.0)
-            for n in (1, 2)} | {"rougeL": max((ratios(common(found, w), len(found), len(w))[2] for w in wanted),
-                                              default=0.0)}
+    """F1 against the best reference: {"rouge1": words, "rouge2": pairs, "rougeL": longest subsequence}."""
+    found, best = words(reply), {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+    for wanted in map(words, references):
+        scores = {f"rouge{n}": bag_f1(ngrams(found, n), ngrams(wanted, n)) for n in (1, 2)}
+        scores["rougeL"] = ratios(common(found, wanted), len(found), len(wanted))[2]
+        best = {key: max(best[key], scores[key]) for key in best}
+    return best
 
 
 def bag_f1(found, wanted):
@@ -162,7 +163,7 @@ def bleu(replies, references, max_n=4):
 # ---- a reply by itself
 
 def distinct_n(texts, n=2):
-    """Share of different n-grams among all n-grams of many texts (Li et al. 2016): 1 never says a thing twice."""
+    """Share of different n-grams among all n-grams of many texts (Li et al. 2016); 1 = none comes twice."""
     counts = Counter()
     for text in texts:
         counts.update(ngrams(words(text), n))

@@ -51,12 +51,14 @@ def chat(turns):
 def entity(record):
     """"Tell me about ENTITY." and one sentence a fact, in the language of the record."""
     name, facts = text_of(record, "entity"), record["facts"]
-    if not isinstance(facts, list) or not all(isinstance(f, dict) and {"fact", "value"} <= f.keys() for f in facts):
+    if not isinstance(facts, list) or not all(isinstance(fact, dict) and {"fact", "value"} <= fact.keys()
+                                              for fact in facts):
         raise UserError(f"facts {shown(facts)} is not a list of objects with fact and value")
     pairs = [(text_of(f, "fact"), text_of(f, "value")) for f in facts]
     if in_chinese(name + "".join(fact + value for fact, value in pairs)):
         return exchange(f"请介绍{name}。", "".join(f"{name}的{fact}是{value}。" for fact, value in pairs))
-    return exchange(f"Tell me about {name}.", " ".join(f"The {fact} of {name} is {value}." for fact, value in pairs))
+    said = " ".join(f"The {fact} of {name} is {value}." for fact, value in pairs)
+    return exchange(f"Tell me about {name}.", said)
 
 
 def instruction(record):
@@ -76,14 +78,19 @@ def label(record):
     return exchange(f"{ask}\n{text}", text_of(record, "label"))
 
 
+def pair(user, assistant):
+    """The reader of records that hold both sides under these keys."""
+    return lambda record: exchange(text_of(record, user), text_of(record, assistant))
+
+
 FORMATS = [         # the first row whose keys are all there wins; a new format is a new row
     (("messages",), lambda record: chat(record["messages"])),
     (("entity", "facts"), entity),
     (("instruction", "output"), instruction),
-    (("question", "answer"), lambda record: exchange(text_of(record, "question"), text_of(record, "answer"))),
-    (("prompt", "completion"), lambda record: exchange(text_of(record, "prompt"), text_of(record, "completion"))),
+    (("question", "answer"), pair("question", "answer")),
+    (("prompt", "completion"), pair("prompt", "completion")),
     (("text", "label"), label),
-    (("input", "target"), lambda record: exchange(text_of(record, "input"), text_of(record, "target"))),
+    (("input", "target"), pair("input", "target")),
 ]
 
 
@@ -121,8 +128,8 @@ def check_messages(messages, last="assistant"):
             raise UserError(f"turn {len(messages) - len(turns) + i + 1} is of {role}, not of {due}; after a "
                             "system turn, if any, user and assistant take turns, the user first")
         if not content.strip() and role == "assistant":
-            raise UserError(f"turn {len(messages) - len(turns) + i + 1} is an empty answer; fill it or take the "
-                            "record out")
+            raise UserError(f"turn {len(messages) - len(turns) + i + 1} is an empty answer; fill it or take "
+                            "the record out")
     if turns[-1]["role"] != last:
         raise UserError(f"the last turn is of {turns[-1]['role']}; the record must end with one of {last}")
     for special in SPECIALS:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import checkpoint
 from batches import rows_of_step, share
@@ -141,15 +140,15 @@ def built_in(config, ranks):
         texts = (directory / "sft_train.jsonl").read_text(encoding="utf-8").splitlines()
         tokenizer = Tokenizer.train(texts, 512)
         model = LanguageModel(ModelConfig(512, d_model=64, n_layers=2, n_heads=4, d_ff=128, max_seq_len=512))
-        checkpoint.save(directory / "model", 0, {"stage": "pretrain", "config": vars(model.config), "tokens": 0},
-                        model.state_dict(), {}, tokenizer)
+        record = {"stage": "pretrain", "config": vars(model.config), "tokens": 0}
+        checkpoint.save(directory / "model", 0, record, model.state_dict(), {}, tokenizer)
     ranks.barrier()
     return replace(config, data=config.data or str(directory / "sft_train.jsonl"),
                    init_from=config.init_from or str(directory / "model"))
 
 
 def open_data(config, model_config, tokenizer, ranks):
-    """({"train", "val": conversations, "rows", and of each row "tokens" and "weights"}, the config filled in)."""
+    """{"train", "val": conversations, "rows", of each row "tokens", "weights"}, and the config filled in."""
     T = config.max_seq_len or model_config.max_seq_len
     read = partial(read_conversations, tokenizer=tokenizer, max_tokens=T + 1, seed=config.seed,
                    skip_bad=config.skip_bad, label_weights=weights_by_label(config.label_weights))
@@ -271,7 +270,7 @@ def load_teacher(config, ranks):
 # ---- evaluation
 
 def look(config, model, data, tokenizer, ranks, state, log):
-    """Evaluate, say so, answer some validation prompts; marks in state whether this model is the best so far."""
+    """Evaluate, say so, answer some validation prompts; marks in state whether this model is the best."""
     found = evaluate(config, model, data["val"], ranks)
     if found["val_loss"] <= state.get("best_loss", math.inf):
         state |= {"best_loss": found["val_loss"], "best_step": state["step"]}
