@@ -277,10 +277,14 @@ def encode(messages, tokenizer):
 # ---- rows
 
 def pack(items, max_seq_len, seed=0, packing=True):
-    """Rows of conversations, lists of item numbers: first fit in a seeded order, or one in each row."""
+    """Rows of conversations, lists of item numbers: first fit, the longest first, or one in each row.
+
+    Among equally long ones the order is the seed's.
+    """
     order = np.argsort(draws(seed, "pack", 0, len(items)), kind="stable").tolist()
     if not packing:
         return [[i] for i in order]
+    order.sort(key=lambda i: -len(items[i].ids))
     return [[order[i] for i in row] for row in first_fit([len(items[i].ids) - 1 for i in order], max_seq_len)]
 
 
