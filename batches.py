@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from cli import UserError
+from model import token_loss
 
 META_KEYS = {"vocab_size": int, "dtype": str, "tokenizer_sha256": str, "files": list}
 FILE_KEYS = {"name": str, "split": str, "language": str, "tokens": int, "documents": int}
@@ -233,6 +234,19 @@ def first_fit(lengths, capacity):
             node //= 2
             free[node] = max(free[2 * node], free[2 * node + 1])
     return [row for row in rows if row]
+
+
+@torch.no_grad()
+def row_sums(model, rows):
+    """(3,) fp32: nats, targets that are the likeliest token, targets; of batches (ids, targets, doc_ids)."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, device=device)
+    for batch in rows:
+        ids, targets, doc_ids = (x.to(device) for x in batch)
+        logits = model(ids, doc_ids=doc_ids)
+        loss, count = token_loss(logits, targets)
+        sums += torch.stack([loss.float(), (logits.argmax(-1) == targets).sum().float(), count.float()])
+    return sums
 
 
 # ---- bits per byte over whole documents

@@ -17,10 +17,10 @@ import torch
 
 import checkpoint
 from batches import (Shards, bits_from_sums, check_tokenizer, document_sums, n_rows, packed_rows,
-                     rows_of_step, share)
+                     row_sums, rows_of_step, share)
 from cli import UserError, option, parse_config, run
 from generate import generate
-from model import (MAX_LOGITS, LanguageModel, ModelConfig, count_params, flops_per_token, token_loss,
+from model import (MAX_LOGITS, LanguageModel, ModelConfig, count_params, flops_per_token,
                    training_memory)
 from optim import make_optimizer, set_lr
 from tokenizer import Tokenizer
@@ -247,21 +247,15 @@ def evaluate(config, model, data, tokenizer, ranks, whole):
                     for name, x in bits.items()}
 
 
-@torch.no_grad()
 def row_loss(model, shards, config, ranks):
     """Mean loss in nats a token and token accuracy on eval_rows rows spread evenly over the split."""
     T, total = config.max_seq_len, n_rows(shards.n_tokens, config.max_seq_len)
     rows = np.unique(np.linspace(0, total - 1, min(config.eval_rows, total)).astype(np.int64))
     mine = rows[ranks.rank::ranks.world_size]
-    sums = torch.zeros(3, device=ranks.device)                          # loss, correct, count
     at_once = max(1, MAX_LOGITS // (T * config.vocab_size))
-    for part in np.split(mine, range(at_once, len(mine), at_once)):
-        ids, targets, doc_ids = (x.to(ranks.device)
-                                 for x in packed_rows(shards, part * 0, part, T, config.seed))
-        with autocast(ranks):
-            logits = model(ids, doc_ids=doc_ids)
-        loss, count = token_loss(logits, targets)
-        sums += torch.stack([loss, (logits.argmax(-1) == targets).sum().float(), count.float()])
+    parts = np.split(mine, range(at_once, len(mine), at_once))
+    with autocast(ranks):
+        sums = row_sums(model, (packed_rows(shards, part * 0, part, T, config.seed) for part in parts))
     loss, correct, count = ranks.sum(sums).tolist()
     return loss / count, correct / count
 

@@ -222,6 +222,9 @@ def read_conversations(spec, tokenizer, max_tokens, seed=0, skip_bad=False, labe
         chance = iter(())
         for number, (where, record) in enumerate(read_records(path)):
             found.records += 1
+            if not number % 4096:
+                chance = iter((draws(seed, f"weight {path}", number, 4096) / 2.0 ** 64).tolist())
+            copies = int(weight) + (next(chance) < weight % 1)
             try:
                 if isinstance(record, UserError):
                     raise record
@@ -232,9 +235,7 @@ def read_conversations(spec, tokenizer, max_tokens, seed=0, skip_bad=False, labe
                 found.bad, found.first_bad = found.bad + 1, found.first_bad or f"{where}: {error}"
                 continue
             found.shortened += cut
-            if not number % 4096:
-                chance = iter(draws(seed, f"weight {path}", number, 4096) / 2.0 ** 64)
-            found.items += [item] * (int(weight) + (next(chance) < weight % 1))
+            found.items += [item] * copies
     if not found.items:
         raise UserError(f"{spec}: no record to learn from ({found.report()})")
     return found

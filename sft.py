@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 import checkpoint
-from batches import rows_of_step, share
+from batches import row_sums, rows_of_step, share
 from cli import UserError, option, parse_config, run
 from generate import generate
-from model import IGNORE_INDEX, MAX_LOGITS, LanguageModel, ModelConfig, flops_per_token, token_loss
+from model import IGNORE_INDEX, MAX_LOGITS, LanguageModel, ModelConfig, flops_per_token
 from optim import make_optimizer, set_lr
 from records import conversation_rows, pack, read_conversations
 from tokenizer import SPECIALS, Tokenizer
@@ -168,7 +168,7 @@ def open_data(config, model_config, tokenizer, ranks):
               f"{weights.sum():,.0f} to learn")
     steps = max(1, round(len(rows) / config.batch_size))                # of an epoch
     config = replace(config, max_seq_len=T, **(
-        {"max_steps": max(1, round(config.epochs * steps))} if config.epochs else {}))
+        {"max_steps": max(1, round(config.epochs * steps))} if config.epochs and not config.resume else {}))
     if config.by_epoch:
         config = replace(config, eval_every=steps, save_every=steps)
     return {"train": train, "val": val, "rows": rows, "tokens": tokens, "weights": weights}, config
@@ -280,7 +280,7 @@ def look(config, model, data, tokenizer, ranks, state, log):
         return
     asked = [data["val"][i] for i in np.linspace(0, len(data["val"]) - 1, config.samples).astype(int)]
     prompts = [tokenizer.encode_chat(item.messages[:-1], add_generation_prompt=True)[0] for item in asked]
-    prompts = [prompt[:config.max_seq_len - 1] for prompt in prompts]
+    prompts = [prompt[1 - config.max_seq_len:] for prompt in prompts]
     seeds = [draw_seed(config.seed, "samples", i) for i in range(len(prompts))]
     ends = tokenizer.im_end_id, tokenizer.eot_id
     for item, ids in zip(asked, generate(model, prompts, config.sample_tokens, temperature=0.7, stop_ids=ends,
@@ -289,21 +289,15 @@ def look(config, model, data, tokenizer, ranks, state, log):
         ranks.say(f"sample: {' '.join(question.split())} -> {' '.join(answer.split())}")
 
 
-@torch.no_grad()
 def evaluate(config, model, items, ranks):
     """Loss in nats a learnt token, perplexity and token accuracy over validation conversations, unweighted."""
     model.eval()
     rows, T = pack(items, config.max_seq_len), config.max_seq_len
-    sums = torch.zeros(3, device=ranks.device, dtype=torch.float32)     # loss, right, count
     at_once = max(1, MAX_LOGITS // (T * model.config.vocab_size))
     mine = share(rows, ranks.rank, ranks.world_size)
-    for start in range(0, len(mine), at_once):
-        ids, targets, _, doc_ids = (x.to(ranks.device)
-                                    for x in conversation_rows(items, mine[start:start + at_once], T))
-        with autocast(ranks):
-            logits = model(ids, doc_ids=doc_ids)
-        loss, count = token_loss(logits, targets)
-        sums += torch.stack([loss, (logits.argmax(-1) == targets).sum().float(), count.float()])
+    batches = (conversation_rows(items, mine[i:i + at_once], T) for i in range(0, len(mine), at_once))
+    with autocast(ranks):
+        sums = row_sums(model, ((ids, targets, doc_ids) for ids, targets, _, doc_ids in batches))
     loss, right, count = ranks.sum(sums).tolist()
     return {"val_loss": loss / count, "val_perplexity": math.exp(min(100, loss / count)),
             "val_accuracy": right / count}

@@ -410,16 +410,20 @@ def test_the_loss_in_chunks_equals_that_of_whole_logits(shape, tokens_at_once, m
     targets[targets < 9] = IGNORE_INDEX
     wanted, count = model.token_loss(lm(ids), targets)
     monkeypatch.setattr(model, "chunk_of_tokens", lambda vocab_size, device: tokens_at_once)
+    held, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, *bias: held.append(
+        len(x) if len(weight) == SMALL["vocab_size"] else 0) or linear(x, weight, *bias))
     total, chunked_count = lm(ids, targets)
     assert_close(total, wanted, 1e-6)
     assert chunked_count == count == (targets != IGNORE_INDEX).sum()
     assert_same_gradients(gradients(3 * total, lm), gradients(3 * wanted, lm), 1e-6)
+    assert max(held) <= tokens_at_once and sum(held) == 24          # logits made once, none again in backward
 
 
-@pytest.mark.parametrize("vocab_size", [256, 4096, 128_000])
-def test_logits_held_at_once_are_few(vocab_size):
-    tokens = model.chunk_of_tokens(vocab_size, torch.device("cpu"))
-    assert tokens * vocab_size <= max(model.CACHED_LOGITS, model.MIN_CHUNK * vocab_size)
+@pytest.mark.parametrize("vocab_size, device, tokens", [
+    (1024, "cpu", 1024), (4096, "cpu", 256), (128_000, "cpu", 256), (4096, "cuda", 8192), (128_000, "cuda", 262)])
+def test_tokens_whose_logits_are_held_at_once(vocab_size, device, tokens):
+    assert model.chunk_of_tokens(vocab_size, torch.device(device)) == tokens
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])

@@ -91,6 +91,11 @@ def test_bad_records_are_named_or_counted(record, words, tmp_path):
     assert (found.records, len(found.items), found.bad) == (3, 2, 1) and f"{path}:2: " in found.report()
 
 
+def test_a_bad_first_record_is_skipped_like_any(tmp_path):
+    found = read_conversations(write(tmp_path / "d.jsonl", [{}, ASK]) + ":1.0", TOKENIZER, 64, skip_bad=True)
+    assert (len(found.items), found.bad) == (1, 1)
+
+
 @pytest.mark.parametrize("name, content, words", [
     ("d.jsonl", b'{"question": "\xff", "answer": "a"}\n', "is not UTF-8"),
     ("d.jsonl.gz", b"no gzip", "damaged gzip"), ("d.jsonl", b"", "no record to learn from"),

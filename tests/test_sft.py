@@ -80,18 +80,14 @@ def test_teacher_term_is_torchs_kl_and_zero_for_oneself():
 
 
 def test_both_ways_to_the_loss_agree(ready, tmp_path):
-    """Weights that are all 1 take the chunked loss, others the logits: same numbers, and twice 1 is 1."""
-    runs = {}
-    for name, label in ("plain", ""), ("logits", "no such answer=3,I am Sprout.=1"):
-        train(config_of(ready, tmp_path / name, max_steps=3, label_weights=label), Ranks())
-        runs[name] = losses(tmp_path / name)
+    """Records that all weigh 1 take the chunked loss, those that all weigh 2 the logits: the same mean."""
     records = [json.loads(line) for line in Path(ready.data).read_text(encoding="utf-8").splitlines()]
     doubled = tmp_path / "doubled.jsonl"
-    doubled.write_text("".join(json.dumps({"messages": r} | {"weight": 2} if isinstance(r, list) else r | {"weight": 2})
-                               + "\n" for r in records))
-    train(config_of(ready, tmp_path / "doubled", max_steps=3, data=str(doubled)), Ranks())
-    assert runs["plain"] == pytest.approx(runs["logits"], rel=1e-6)
-    assert losses(tmp_path / "doubled") == pytest.approx(runs["plain"], rel=1e-5)
+    doubled.write_text("".join(json.dumps(({"messages": r} if isinstance(r, list) else r) | {"weight": 2}) + "\n"
+                               for r in records))
+    for name, data in ("plain", ready.data), ("doubled", str(doubled)):
+        train(config_of(ready, tmp_path / name, max_steps=3, data=data), Ranks())
+    assert losses(tmp_path / "doubled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
 # ---- runs
@@ -142,6 +138,8 @@ def test_epochs_decide_steps_and_saving(ready, tmp_path):
     steps = sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
     assert steps[-2:] == [6, 9] and len(losses(tmp_path / "run")) == 9              # 22 / 8 is about 3
     assert checkpoint.read_config(tmp_path / "run/checkpoints/00000009")["config"]["d_model"] == 64
+    train(replace(config, max_steps=11, resume=True, init_from=""), Ranks())        # the flag beats the epochs
+    assert len(losses(tmp_path / "run")) == 11
 
 
 def test_equal_conversations_stay_on_one_side_of_the_split(ready):
