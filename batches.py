@@ -4,7 +4,7 @@ The batch of a step is a pure function of (seed, step): no sampler state is stor
 the same global batch, and a poisoned stretch of data is skipped by skipping its steps. `data/prepare.py`
 writes what `Shards` reads. Holds no loss and no loop.
 
-Shapes:  N tokens of a split   B rows   T seq_len   V vocab_size
+Shapes:  N tokens of a split, or texts   B rows   T seq_len   V vocab_size
 """
 
 import json
@@ -247,6 +247,42 @@ def row_sums(model, rows):
         loss, count = token_loss(logits, targets)
         sums += torch.stack([loss.float(), (logits.argmax(-1) == targets).sum().float(), count.float()])
     return sums
+
+
+# ---- replies for a ScalarModel
+
+def joined(prompt, reply, max_tokens):
+    """Ids of a prompt and its reply; where both do not fit, the prompt loses its start, the reply nothing."""
+    if len(reply) > max_tokens:
+        raise UserError(f"a reply of {len(reply)} tokens does not fit into {max_tokens}; take a longer "
+                        "--max_seq_len or shorter replies")
+    room = max_tokens - len(reply)
+    return [*prompt[max(0, len(prompt) - room):], *reply]
+
+
+def packed_replies(texts, max_seq_len, device=None):
+    """Rows of whole texts, lists of ids: ids, doc_ids (B, T), and each text's row and last place, (N,) each."""
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    rows = first_fit([len(texts[i]) for i in order], max_seq_len)
+    ids, doc_ids = (torch.zeros(len(rows), max_seq_len, dtype=torch.int64) for _ in range(2))
+    where = torch.zeros(2, len(texts), dtype=torch.int64)
+    for b, row in enumerate(rows):
+        at = 0
+        for number, i in enumerate((order[j] for j in row), 1):
+            end = at + len(texts[i])
+            ids[b, at:end], doc_ids[b, at:end] = torch.tensor(texts[i]), number
+            where[:, i], at = torch.tensor([b, end - 1]), end
+    return tuple(x.to(device) for x in (ids, doc_ids, *where))
+
+
+@torch.no_grad()
+def score_texts(model, texts, rows_at_once=32):
+    """What a ScalarModel says at the last token of each text, (N,) fp32; texts: lists of ids."""
+    device, T = next(model.parameters()).device, model.config.max_seq_len
+    ids, doc_ids, row, last = packed_replies(texts, T, device)
+    model.eval()
+    found = [model(*part) for part in zip(ids.split(rows_at_once), doc_ids.split(rows_at_once))]
+    return torch.cat(found)[row, last]
 
 
 # ---- bits per byte over whole documents

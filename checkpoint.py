@@ -252,8 +252,14 @@ def load_model(path, device="cpu"):
 
 
 def load_weights(model, state, path):
-    """Put a state dict into a model; a name or shape that does not fit is named."""
+    """Put a state dict into a model; a name or shape that does not fit is named.
+
+    A ScalarModel takes the stream of a language model and keeps its own head.
+    """
     own = model.state_dict()
+    if "score.weight" in own and "score.weight" not in state:
+        stream = {name: weight for name, weight in state.items() if name.startswith("model.")}
+        state = {name: weight for name, weight in own.items() if not name.startswith("model.")} | stream
     for name in sorted(own.keys() | state.keys()):
         here, there = (tuple(s[name].shape) if name in s else "absent" for s in (own, state))
         if here != there:

@@ -1,4 +1,4 @@
-"""Numbers that judge replies, as pure functions of texts and labels.
+"""Numbers that judge replies, and those who judge them, as pure functions of texts, labels and scores.
 
 BLEU (Papineni et al. 2002) and ROUGE (Lin 2004) give the figures of sacrebleu and rouge-score; Chinese is
 cut into characters, so that a Chinese reply is never 0 by mistake.
@@ -174,3 +174,58 @@ def repetition_rate(text, n=4):
     """Share of a text's n-grams that stand in it before: 0 for a text that never repeats itself."""
     counts = ngrams(words(text), n)
     return 1 - len(counts) / counts.total() if counts else 0.0
+
+
+# ---- scores against judgements
+
+def pearson(a, b):
+    """Correlation of two lists of numbers, -1 to 1; nan where one of them does not vary."""
+    check_lengths(a, b)
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    both = sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b))
+    size = sum((x - mean_a) ** 2 for x in a) * sum((y - mean_b) ** 2 for y in b)
+    return both / math.sqrt(size) if size else math.nan
+
+
+def calibration_error(probabilities, outcomes, n_bins=10):
+    """Expected calibration error (Guo et al. 2017, eq. 3), 0-1: |mean probability - share that came true|.
+
+    Averaged over n_bins bins that hold equally many, weighted by how many they hold.
+    """
+    check_lengths(probabilities, outcomes)
+    pairs, total = sorted(zip(probabilities, outcomes)), 0.0
+    for b in range(n_bins):
+        part = pairs[b * len(pairs) // n_bins:(b + 1) * len(pairs) // n_bins]
+        total += abs(sum(p - came_true for p, came_true in part))
+    return total / len(pairs)
+
+
+# ---- judges against one another
+
+def krippendorff_alpha(units, distance):
+    """Krippendorff's alpha (2011): 1 = the judges agree, 0 = as by chance; nan if nothing can disagree.
+
+    1 - observed / expected disagreement. Observed: the mean distance of two values of one unit, each unit
+    weighing as many values as it has; expected: that of any two values.
+
+    Args:
+        units: for each judged thing the list of its values, one a judge; those with fewer than 2 say nothing.
+        distance: d(a, b), 0 for equal values, such as `nominal` or `interval`.
+    """
+    units = [unit for unit in units if len(unit) > 1]
+    counts = Counter(value for unit in units for value in unit)
+    n = counts.total()
+    observed = sum(distance(a, b) / (len(unit) - 1) for unit in units
+                   for i, a in enumerate(unit) for j, b in enumerate(unit) if i != j)
+    expected = sum(distance(a, b) * m * k for a, m in counts.items() for b, k in counts.items())
+    return 1 - observed * (n - 1) / expected if expected else math.nan
+
+
+def nominal(a, b):
+    """Distance of two names: equal or not."""
+    return float(a != b)
+
+
+def interval(a, b):
+    """Distance of two numbers: their squared difference."""
+    return float(a - b) ** 2

@@ -1,4 +1,4 @@
-"""Records of conversations: seven formats read as they are, checked, as tokens with what is to be learnt.
+"""Records of conversations and of judged replies: many formats read as they are, checked, as tokens.
 
 A file is JSONL, or JSON that holds a list, .gz too; its records may be of several formats. What a person must
 mend ends in one line that names file and line. Not here: shards of plain text (batches.py).
@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -115,6 +116,88 @@ def shown(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+# ---- replies that somebody judged
+
+class Comparison(NamedTuple):
+    """Replies to one prompt, with ranks (0 = best, equal ones tie) or scores (larger = better), or both."""
+    messages: list                  # what came before; empty for texts that answer nothing
+    replies: list
+    ranks: list | None
+    scores: list | None
+
+
+def to_comparison(record):
+    """A record of any of the JUDGED formats as a Comparison."""
+    if not isinstance(record, dict):
+        raise UserError(f"{shown(record)} is not a record of judged replies; give an object")
+    for keys, tell in JUDGED:
+        if all(key in record for key in keys):
+            found = tell(record)
+            check_comparison(found)
+            return found
+    raise UserError(f"a record with the keys {', '.join(map(str, record)) or '(none)'} is in none of the "
+                    f"formats of judged replies: {'; '.join(' '.join(keys) for keys, _ in JUDGED)}")
+
+
+def asked(*keys):
+    """The reader of a prompt: turns that end with the user's, or texts that are joined to one."""
+    def tell(record):
+        if keys[0] == "messages" or isinstance(record[keys[0]], list):
+            return chat(record[keys[0]])
+        texts = [text_of(record, key) for key in keys if record.get(key)]
+        return [{"role": "user", "content": "\n\n".join(texts)}]
+    return tell
+
+
+def better(prompt, chosen, rejected):
+    """The reader of pairs."""
+    return lambda record: Comparison(prompt(record), [text_of(record, chosen), text_of(record, rejected)],
+                                     [0, 1], None)
+
+
+def outputs(prompt):
+    """The reader of several replies, each with its rank, its score or both."""
+    def tell(record):
+        found = record["outputs"]
+        if not isinstance(found, list) or not all(isinstance(one, dict) and "response" in one for one in found):
+            raise UserError(f"outputs {shown(found)} is not a list of objects with response and score or rank")
+        ranks, scores = ([one.get(key) for one in found] for key in ("rank", "score"))
+        return Comparison(prompt(record), [text_of(one, "response") for one in found],
+                          None if all(r is None for r in ranks) else ranks,
+                          None if all(s is None for s in scores) else scores)
+    return tell
+
+
+JUDGED = [          # as FORMATS: the first row whose keys are all there wins
+    (("messages", "chosen", "rejected"), better(asked("messages"), "chosen", "rejected")),
+    (("prompt", "chosen", "rejected"), better(asked("prompt"), "chosen", "rejected")),
+    (("instruction", "chosen", "rejected"), better(asked("instruction", "input"), "chosen", "rejected")),
+    (("question", "accepted", "rejected"), better(asked("question"), "accepted", "rejected")),
+    (("messages", "outputs"), outputs(asked("messages"))),
+    (("prompt", "outputs"), outputs(asked("prompt"))),
+    (("input", "outputs"), outputs(asked("input"))),
+    (("text", "score"), lambda r: Comparison([], [text_of(r, "text")], None, [r["score"]])),
+]
+
+
+def check_comparison(found):
+    """Refuse replies and judgements that teach nothing or contradict themselves."""
+    if found.messages:
+        check_messages(found.messages, last="user")
+    if not found.replies:
+        raise UserError("outputs is empty; give at least one reply")
+    for name, values in ("rank", found.ranks), ("score", found.scores):
+        for value in values or ():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UserError(f"{name} {shown(value)} must be a number, one for every reply")
+    if found.ranks is None and found.scores is None:
+        raise UserError("the replies have neither rank nor score; give one of them")
+    if found.ranks and len(found.replies) < 2:
+        raise UserError("one ranked reply has nothing to be compared with; give two, or a score")
+    if len(found.replies) > 1 and len(set(found.replies)) == 1:
+        raise UserError(f"all replies are equal ({shown(found.replies[0])}); nothing can be learnt from them")
+
+
 def check_messages(messages, last="assistant"):
     """Refuse turns that are no conversation: (system,) user, assistant, ..., ending with a turn of `last`."""
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
@@ -180,6 +263,16 @@ def read_weighted(spec):
     return found
 
 
+def weighted_records(spec, seed=0):
+    """Yield (where, record, copies) of "FILE[:WEIGHT],..."; weight 2.3: a record twice, three in ten thrice."""
+    for path, weight in read_weighted(spec):
+        chance = iter(())
+        for number, (where, record) in enumerate(read_records(path)):
+            if not number % 4096:
+                chance = iter((draws(seed, f"weight {path}", number, 4096) / 2.0 ** 64).tolist())
+            yield where, record, int(weight) + (next(chance) < weight % 1)
+
+
 # ---- conversations as tokens
 
 @dataclass
@@ -209,7 +302,7 @@ class Conversations:
 
 
 def read_conversations(spec, tokenizer, max_tokens, seed=0, skip_bad=False, label_weights=None):
-    """The conversations of "FILE[:WEIGHT],..." as tokens; weight 2.3 reads a record twice, three in ten thrice.
+    """The conversations of "FILE[:WEIGHT],..." as tokens.
 
     Args:
         max_tokens: longest that is kept whole; a longer one loses its oldest turns, then the start of its
@@ -218,24 +311,19 @@ def read_conversations(spec, tokenizer, max_tokens, seed=0, skip_bad=False, labe
         label_weights: {answer: factor of its loss}, for classes that are too rare or too frequent.
     """
     found = Conversations()
-    for path, weight in read_weighted(spec):
-        chance = iter(())
-        for number, (where, record) in enumerate(read_records(path)):
-            found.records += 1
-            if not number % 4096:
-                chance = iter((draws(seed, f"weight {path}", number, 4096) / 2.0 ** 64).tolist())
-            copies = int(weight) + (next(chance) < weight % 1)
-            try:
-                if isinstance(record, UserError):
-                    raise record
-                item, cut = conversation(record, tokenizer, max_tokens, where, label_weights or {})
-            except UserError as error:
-                if not skip_bad:
-                    raise UserError(f"{where}: {error}; --skip_bad leaves such records out") from None
-                found.bad, found.first_bad = found.bad + 1, found.first_bad or f"{where}: {error}"
-                continue
-            found.shortened += cut
-            found.items += [item] * copies
+    for where, record, copies in weighted_records(spec, seed):
+        found.records += 1
+        try:
+            if isinstance(record, UserError):
+                raise record
+            item, cut = conversation(record, tokenizer, max_tokens, where, label_weights or {})
+        except UserError as error:
+            if not skip_bad:
+                raise UserError(f"{where}: {error}; --skip_bad leaves such records out") from None
+            found.bad, found.first_bad = found.bad + 1, found.first_bad or f"{where}: {error}"
+            continue
+        found.shortened += cut
+        found.items += [item] * copies
     if not found.items:
         raise UserError(f"{spec}: no record to learn from ({found.report()})")
     return found

@@ -1,0 +1,526 @@
+"""Reward model: a scalar head on the SFT model, learnt from human judgements of replies.
+
+Pairs and rankings by the Bradley-Terry likelihood of all comparisons of a prompt (Ouyang et al. 2022, eq. 1),
+ratings by regression, both by weight. At the end it is normalised, judged on prompts it has not seen, and
+passes a gate or not, which ppo.py reads.
+    python reward.py --config demo --init_from out/sft --data out/feedback/rankings.jsonl --out_dir out/reward
+    python reward.py --init_from out/reward --score FILE            # one line {"where", "scores"} a record
+
+Shapes:  N prompts (in the loss) or replies   K replies of a prompt
+"""
+
+import json
+import math
+import time
+import zlib
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import checkpoint
+from batches import draws, joined, packed_replies, rows_of_step, score_texts, share
+from cli import UserError, option, parse_config, run, write_text
+from metrics import calibration_error, pearson, words
+from model import LanguageModel, ModelConfig, ScalarModel, flops_per_token
+from optim import make_optimizer, set_lr
+from records import read_records, to_comparison, to_messages, weighted_records
+from tokenizer import Tokenizer
+from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, accumulate, at_least, autocast,
+                      batch_sizes, check, clip_and_step, draw_seed, intervals, loss_scaler, lr_at,
+                      matmul_peak, start_ranks, wrap)
+
+PRESETS = {
+    "demo": dict(batch_size=16, epochs=2, learning_rate=5e-4, warmup_steps=10, eval_every=50, save_every=100),
+    "smoke": dict(batch_size=8, epochs=0, max_steps=6, warmup_steps=2, eval_every=3, save_every=3, log_every=2,
+                  bootstrap=50),
+}
+WORDS = 2000                    # the most frequent ones, which the bag-of-words baseline sees
+MARGINS = (0.5, 1.0, 2.0)       # borders of the margins by which accuracy is told
+
+
+@dataclass
+class RewardConfig(TrainingConfig):
+    """Training of a reward model on judged replies."""
+    data: str = option("", "judged replies: FILE[:WEIGHT],...; pairs, triples, rankings or scores, mixed")
+    val_data: str = option("", "judged replies to be held against; none = the prompts of --val_share")
+    val_share: float = option(0.1, "of the prompts that are kept from training where there is no --val_data")
+    normalize_on: str = option("", "samples.jsonl of the SFT model, on whose replies the scores get mean 0 and "
+                                   "standard deviation 1; none = the training replies")
+    score: str = option("", "train nothing; print the scores of the replies in this file")
+    out_dir: str = option("out/reward", "where checkpoints, report.json and log.jsonl go")
+    batch_size: int = option(16, "prompts an optimiser step, all ranks together")
+    max_seq_len: int = option(0, "longest prompt and reply, tokens; 0 = the checkpoint's")
+    dropout: float = option(0.0, "share of the embedding and of each block's outputs set to 0 in training")
+    epochs: float = option(1.0, "times that the data is seen; it decides max_steps; 0 = as --max_steps says")
+    pair_coef: float = option(1.0, "weight of the comparisons: all pairs of a prompt with unequal ranks or scores")
+    score_coef: float = option(0.0, "weight of the squared error on ratings, which are z-scored")
+    max_comparisons: int = option(0, "learn from the first prompts that hold so many pairs; 0 = from all")
+    curve: str = option("", "before, learn from fewer comparisons, such as 200,1000, and tell what each reaches")
+    bootstrap: int = option(1000, "resamplings of the prompts behind a 95% interval")
+    skip_bad: bool = option(False, "count records that cannot be used and go on")
+    optimizer: str = option("adamw", "adam, adamw, muon, lamb or lars")
+    learning_rate: float = option(5e-4, "peak; 5e-4 suits 0.5M parameters, 1e-4 30M")
+    schedule: str = option("linear", "after warmup: cosine, linear, polynomial, wsd (stable, then linear) "
+                                     "or constant")
+    warmup_steps: int = option(10, "steps of linear warmup")
+    min_lr: float = option(0.0, "floor of the schedule, as a share of learning_rate")
+    weight_decay: float = option(0.0, "decoupled (coupled for adam and lars), on matrices only")
+    eps: float = option(1e-5, "added to the root of the squared gradient's mean")
+    compile: bool = option(False, "torch.compile the trained forward; the number of rows changes by the step, "
+                                  "so it pays on long runs only")
+
+
+def main(config):
+    with start_ranks(config) as ranks:
+        if config.smoke:
+            config = built_in(config, ranks)
+        if config.score:
+            score_file(config, ranks)
+            return
+        if not config.data:
+            raise UserError("--data is missing; name files of judged replies: FILE[:WEIGHT],...")
+        for n in sizes_of(config.curve):
+            out_dir = Path(config.out_dir) / "curve" / str(n)
+            train(replace(config, max_comparisons=n, curve="", out_dir=str(out_dir)), ranks)
+        train(config, ranks)
+
+
+def train(config, ranks):
+    """The run: what is needed, then the loop, at its end the report; returns the model."""
+    micro_batch_size = check(config, ranks)
+    at_least(0, config, "epochs", "pair_coef", "score_coef", "max_comparisons")
+    model_config, tokenizer = checkpoint.source(config, ranks.say)
+    data, config = open_data(config, model_config, tokenizer, ranks)
+    torch.manual_seed(draw_seed(config.seed, "init"))
+    model = ScalarModel(replace(model_config, max_seq_len=config.max_seq_len)).to(ranks.device)
+    optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.beta1, config.beta2,
+                               config.eps, config.weight_decay)
+    scaler, skip, sizes = (loss_scaler(ranks), intervals(config.skip_steps),
+                           batch_sizes(config, config.max_seq_len))
+    state = checkpoint.begin(config, model, optimizer, scaler, tokenizer, ranks)
+    forward, prompts = wrap(model, config, ranks), data["train"]
+    watch = NonFinite()
+    with (closing(MetricLog(config, ranks, state["step"], flops_per_token(model.config, config.max_seq_len),
+                            matmul_peak(ranks.device, ranks.dtype) * ranks.world_size)) as log,
+          closing(Stop(config.max_seconds)) as stop):
+        for step in range(state["step"], config.max_steps):
+            # 1. Whole prompts: all replies of one in one batch, each read once, whatever it is compared with.
+            started = time.perf_counter()
+            _, rows = rows_of_step(config.seed, 0 if config.overfit else step, len(prompts), sizes, skip)
+            batch = [prompts[i] for i in rows]
+            tokens, lr = sum(len(ids) for prompt in batch for ids in prompt.ids), lr_at(step, config)
+            set_lr(optimizer, lr)
+            # 2. Loss and gradient, micro-batch by micro-batch.
+            forward.train()
+            loss_of = loss_function(config, prompts, batch, data["scale"], ranks)
+            mine = torch.from_numpy(share(rows, ranks.rank, ranks.world_size))
+            loss = accumulate(forward, loss_of, [mine], micro_batch_size, 1, ranks, scaler, config.seed, step)
+            # 3. Clip, step.
+            grad_norm = clip_and_step(optimizer, model.parameters(), scaler, config.max_grad_norm)
+            # 4. Say so; now and then look at the model, and keep it.
+            state |= {"step": step + 1, "tokens": state["tokens"] + tokens}
+            log.step(step + 1, tokens, time.perf_counter() - started, loss=ranks.sum(loss).item(), lr=lr,
+                     grad_norm=grad_norm)
+            watch.check(grad_norm, step + 1)
+            finished, stopped = step + 1 == config.max_steps, stop.agreed(ranks)
+            if not finished and (step + 1) % config.eval_every == 0:
+                found = judge(model, data["val"], data["scale"], 0)
+                log.write(step + 1, **{f"val_{k}": v for k, v in found.items() if isinstance(v, float)})
+                ranks.say(f"evaluation at step {step + 1}: " + told(found))
+            extra = {}
+            if finished:
+                found = judge(model, data["val"], data["scale"], config.bootstrap)
+                normalize(model, data["normal"])
+                extra = {"reward": conclude(config, found, data, log, ranks)}
+            if finished or stopped or (step + 1) % config.save_every == 0:
+                checkpoint.save_run("reward", config, model, optimizer, scaler, tokenizer, state, ranks, **extra)
+            if stopped:
+                break
+    ranks.say(f"{'done' if state['step'] >= config.max_steps else 'stopped (--resume goes on)'}: "
+              f"step {state['step']}, {state['tokens']:,} tokens, in {config.out_dir}")
+    return model
+
+
+# ---- losses
+
+def preference_loss(scores, ranks):
+    """Sum over prompts of -log sigmoid(better - worse), averaged over the pairs of each, and how many have any.
+
+    scores, ranks (N, K); rank 0 = best, -1 = no reply there; equal ranks are no pair. All pairs of a prompt
+    together, one forward a reply: shuffled apart they overfit in an epoch (Ouyang et al. 2022, section 3.4).
+    """
+    there = (ranks >= 0)[:, :, None] & (ranks >= 0)[:, None, :]
+    pairs = (ranks[:, :, None] < ranks[:, None, :]) & there                     # (N, K, K): the first is better
+    losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :]) * pairs
+    n_pairs = pairs.sum((1, 2))
+    return (losses.sum((1, 2)) / n_pairs.clamp(min=1)).sum(), (n_pairs > 0).sum()
+
+
+def score_loss(predicted, scores):
+    """Sum of squared errors on z-scored ratings, and how many they are; both (N,)."""
+    return ((predicted - scores) ** 2).sum(), torch.tensor(len(scores))
+
+
+def pairwise_accuracy(chosen, rejected):
+    """Share of pairs whose chosen reply scores higher, equal scores half; both (N,)."""
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
+
+
+def loss_function(config, prompts, batch, scale, ranks):
+    """loss_of(model, numbers of prompts) -> (its part of the whole batch's loss, 1).
+
+    Each kind of loss is a mean over what the WHOLE batch has of it, so their counts are taken here.
+    """
+    n_compared = max(1, sum(len(prompt.rankings) for prompt in batch))
+    n_rated = max(1, sum(len(prompt.scores) for prompt in batch))
+    mean, sd = scale
+
+    def loss_of(model, numbers):
+        mine = [prompts[i] for i in numbers.tolist()]
+        ids, doc_ids, row, last = packed_replies([ids for prompt in mine for ids in prompt.ids],
+                                                 config.max_seq_len, ranks.device)
+        scores = model(ids, doc_ids)[row, last]                 # one a reply
+        table, places, rated = (x.to(ranks.device) for x in tables(mine))
+        pairs, _ = preference_loss(scores[places], table)
+        errors, _ = score_loss(scores[rated[0].long()], (rated[1] - mean) / sd)
+        return config.pair_coef / n_compared * pairs + config.score_coef / n_rated * errors, 1
+    return loss_of
+
+
+def tables(prompts):
+    """The rankings as ranks (N, K), -1 for none, and places (N, K) of their replies in one long list; and the
+    ratings as (2, n): places and scores."""
+    starts = np.cumsum([0] + [len(prompt.ids) for prompt in prompts]).tolist()
+    rankings = [([start + i for i in places], ranks) for prompt, start in zip(prompts, starts)
+                for places, ranks in prompt.rankings]
+    K = max((len(ranks) for _, ranks in rankings), default=1)
+    table = torch.tensor([ranks + [-1] * (K - len(ranks)) for _, ranks in rankings]).view(-1, K)
+    places = torch.tensor([where + [0] * (K - len(where)) for where, _ in rankings]).long().view(-1, K)
+    rated = [[start + i, score] for prompt, start in zip(prompts, starts) for i, score in prompt.scores]
+    return table, places, torch.tensor(rated, dtype=torch.float32).view(-1, 2).T
+
+
+# ---- data
+
+@dataclass
+class Prompt:
+    """All that is known of a prompt: its different replies as tokens, and what was said of them."""
+    ids: list                       # of each reply with its prompt before it and its end
+    texts: list                     # of each reply
+    lengths: list                   # of each reply alone, tokens
+    rankings: list                  # [(places in ids, ranks)], those that prefer anything
+    scores: list                    # [(place in ids, score)]
+
+    def pairs(self):
+        """(place of the better reply, place of the worse) of all comparisons."""
+        return [(a, b) for places, ranks in self.rankings for a, i in zip(places, ranks)
+                for b, j in zip(places, ranks) if i < j]
+
+
+def read_prompts(spec, tokenizer, max_tokens, config, say=print):
+    """{prompt: Prompt} of the records of "FILE[:WEIGHT],...", in their order; a line says how many."""
+    found, n_records, bad, first_bad = {}, 0, 0, ""
+    for where, record, copies in weighted_records(spec, config.seed):
+        n_records += 1
+        try:
+            if isinstance(record, UserError):
+                raise record
+            add_record(found, record, tokenizer, max_tokens, copies)
+        except UserError as error:
+            if not config.skip_bad:
+                raise UserError(f"{where}: {error}; --skip_bad leaves such records out") from None
+            bad, first_bad = bad + 1, first_bad or f"{where}: {error}"
+    prompts = list(found.values())
+    say(f"{spec}: {n_records:,} records, {len(prompts):,} prompts, {sum(len(p.ids) for p in prompts):,} replies, "
+        f"{sum(len(p.pairs()) for p in prompts):,} comparisons, {sum(len(p.scores) for p in prompts):,} scores"
+        + (f", {bad:,} bad records skipped (the first: {first_bad})" if bad else ""))
+    if not prompts:
+        raise UserError(f"{spec}: no judged replies in it")
+    return found
+
+
+def add_record(found, record, tokenizer, max_tokens, copies):
+    """Put a record's replies and judgements to those of its prompt, a new one if it has not been seen."""
+    comparison = to_comparison(record)
+    asked = tokenizer.encode_chat(comparison.messages, add_generation_prompt=True)[0]
+    replies = [[*tokenizer.encode(text.strip()), tokenizer.im_end_id] for text in comparison.replies]
+    whole = [joined(asked, reply, max_tokens) for reply in replies]
+    key = json.dumps(comparison.messages, ensure_ascii=False)
+    prompt = found.setdefault(key if comparison.messages else comparison.replies[0], Prompt([], [], [], [], []))
+    places = []
+    for text, ids, reply in zip(comparison.replies, whole, replies):
+        if ids not in prompt.ids:
+            prompt.ids.append(ids)
+            prompt.texts.append(text)
+            prompt.lengths.append(len(reply))
+        places.append(prompt.ids.index(ids))
+    ranks, scores = comparison.ranks, comparison.scores
+    if ranks is None and len(replies) > 1:
+        ranks = [-score for score in scores]
+    if ranks is not None and len(set(ranks)) > 1:
+        order = sorted(set(ranks))
+        prompt.rankings += [(places, [order.index(rank) for rank in ranks])] * copies
+    prompt.scores += list(zip(places, scores or ())) * copies
+
+
+def open_data(config, model_config, tokenizer, ranks):
+    """{"train", "val": [Prompt], "scale": (mean, sd) of the ratings, "normal": texts}, and the config filled in."""
+    T = config.max_seq_len or model_config.max_seq_len
+    found = read_prompts(config.data, tokenizer, T, config, ranks.say)
+    if config.val_data:
+        train, val = list(found.values()), list(read_prompts(config.val_data, tokenizer, T, config,
+                                                             ranks.say).values())
+    else:
+        train, val = split(found, config.val_share)
+    if config.max_comparisons:
+        sums = np.cumsum([len(prompt.pairs()) or len(prompt.scores) for prompt in train])
+        train = train[:int(np.searchsorted(sums, config.max_comparisons)) + 1]
+    for name, coef, n in (("pair_coef", config.pair_coef, sum(len(p.rankings) for p in train)),
+                          ("score_coef", config.score_coef, sum(len(p.scores) for p in train))):
+        if coef and not n and not (config.pair_coef and config.score_coef):
+            other, what = (("score_coef", "comparisons") if name == "pair_coef" else ("pair_coef", "scores"))
+            raise UserError(f"{config.data}: no {what} to learn from; give --{name} 0 --{other} 1")
+    if not config.pair_coef and not config.score_coef:
+        raise UserError("pair_coef 0 and score_coef 0 leave nothing to learn; raise one of them")
+    scores = [score for prompt in train for _, score in prompt.scores]
+    scale = (float(np.mean(scores)), float(np.std(scores)) or 1.0) if scores else (0.0, 1.0)
+    normal = [ids for prompt in train for ids in prompt.ids]
+    if config.normalize_on:
+        normal = read_samples(config.normalize_on, tokenizer, T)
+    steps = max(1, math.ceil(len(train) / config.batch_size))
+    ranks.say(f"prompts: {len(train):,} to learn from, {len(val):,} to judge by")
+    config = replace(config, max_seq_len=T, **(
+        {"max_steps": max(1, round(config.epochs * steps))} if config.epochs and not config.resume else {}))
+    return {"train": train, "val": val, "scale": scale, "normal": normal}, config
+
+
+def split(found, share):
+    """(train, validation): a prompt goes to validation by its words, whatever else is in the file."""
+    if not 0 < share < 1:
+        raise UserError(f"val_share {share} is a share of the prompts; give more than 0 and less than 1, or "
+                        "--val_data")
+    parts = [], []
+    for key, prompt in found.items():
+        parts[zlib.crc32(key.encode()) < share * 2 ** 32].append(prompt)
+    if not all(parts):
+        raise UserError(f"val_share {share} of {len(found)} prompts leaves {len(parts[0])} for training and "
+                        f"{len(parts[1])} for validation; change it or give --val_data")
+    return parts
+
+
+def read_samples(path, tokenizer, max_tokens):
+    """The replies of a samples.jsonl with their prompts, as tokens."""
+    found = []
+    for where, record in read_records(path):
+        try:
+            asked = tokenizer.encode_chat(record["messages"], add_generation_prompt=True)[0]
+            found += [joined(asked, [*tokenizer.encode(reply["text"].strip()), tokenizer.im_end_id], max_tokens)
+                      for reply in record["replies"]]
+        except (KeyError, TypeError):
+            raise UserError(f"{where}: not a line of samples.jsonl; it is written by feedback.py sample") from None
+    if len(found) < 2:
+        raise UserError(f"{path}: {len(found)} replies are too few to normalise on")
+    return found
+
+
+def sizes_of(text):
+    """"200,1000" -> [200, 1000]."""
+    try:
+        sizes = [int(part) for part in text.split(",") if part.strip()]
+        if any(n < 1 for n in sizes):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"curve {text!r} is not a list of numbers of comparisons, such as 200,1000") from None
+    return sizes
+
+
+# ---- how good is it?
+
+def judge(model, prompts, scale, n_bootstrap):
+    """What the model's scores are worth on prompts it has not seen; the intervals resample the prompts."""
+    texts = [ids for prompt in prompts for ids in prompt.ids]
+    raw = score_texts(model, texts) * model.score_std + model.score_mean
+    by_prompt = [part.tolist() for part in raw.split([len(prompt.ids) for prompt in prompts])]
+    found = {"length_correlation": pearson(raw.tolist(), [n for prompt in prompts for n in prompt.lengths])}
+    margins = [[scores[a] - scores[b] for a, b in prompt.pairs()] for prompt, scores in zip(prompts, by_prompt)]
+    if any(margins):
+        flat = torch.tensor([m for part in margins for m in part])
+        found |= {"comparisons": len(flat), "accuracy": pairwise_accuracy(flat, -flat),
+                  "log_loss": -F.logsigmoid(flat).mean().item(), "calibration_error": calibration(flat)}
+        found["by_margin"] = {f"{low:g}-{high:g}": (len(part), pairwise_accuracy(part, -part))
+                              for low, high in zip((0, *MARGINS), (*MARGINS, math.inf))
+                              if len(part := flat[(flat.abs() >= low) & (flat.abs() < high)])}
+        right = [[(m > 0) + 0.5 * (m == 0) for m in part] for part in margins]
+        found["accuracy_interval"] = interval95(
+            right, lambda parts: float(np.mean([x for part in parts for x in part])), n_bootstrap)
+    rated = [[(scores[i], score) for i, score in prompt.scores] for prompt, scores in zip(prompts, by_prompt)]
+    if sum(map(len, rated)) > 2:
+        correlation = lambda parts: pearson(*zip(*(pair for part in parts for pair in part)))       # noqa: E731
+        found |= {"scores": sum(map(len, rated)), "pearson": correlation(rated),
+                  "pearson_interval": interval95(rated, correlation, n_bootstrap)}
+    return found
+
+
+def calibration(margins):
+    """Expected calibration error of sigmoid(margin), each pair told in both orders."""
+    probability = torch.cat([margins, -margins]).sigmoid().tolist()
+    return calibration_error(probability, [1] * len(margins) + [0] * len(margins))
+
+
+def interval95(parts, statistic, n_bootstrap):
+    """(low, high) by drawing whole prompts again, with replacement (Efron 1979): theirs are not independent."""
+    parts = [part for part in parts if len(part)]
+    if not n_bootstrap:
+        return math.nan, math.nan
+    drawn = [statistic([parts[i] for i in (draws(0, "bootstrap", b, len(parts)) % len(parts)).tolist()])
+             for b in range(n_bootstrap)]
+    return tuple(np.nanpercentile(drawn, [2.5, 97.5]).tolist())
+
+
+def baselines(train, val):
+    """Accuracy on the validation pairs of two judges that read little: {"length", "bag_of_words"}.
+
+    length: whichever of longer and shorter won more often in training. bag_of_words: logistic regression on
+    the difference of the counts of the WORDS most frequent words, with a small L2 penalty.
+    """
+    def pairs(prompts):
+        return [(p.texts[a], p.texts[b], p.lengths[a] - p.lengths[b]) for p in prompts for a, b in p.pairs()]
+    learn, hold = pairs(train), pairs(val)
+    if not learn or not hold:
+        return {}
+    longer = torch.tensor([float(d) for _, _, d in learn]).sign().sum().sign()
+    differences = torch.tensor([float(d) for _, _, d in hold])
+    counts = Counter(word for a, b, _ in learn for text in (a, b) for word in set(words(text)))
+    index = {word: i for i, (word, _) in enumerate(counts.most_common(WORDS))}
+
+    def table(texts):
+        x = torch.zeros(len(texts), len(index))
+        for i, (a, b, _) in enumerate(texts):
+            for text, sign in ((a, 1), (b, -1)):
+                for word, n in Counter(words(text)).items():
+                    if word in index:
+                        x[i, index[word]] += sign * n
+        return x
+    x, weight = table(learn), torch.zeros(len(index), requires_grad=True)
+    solver = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        solver.zero_grad()
+        loss = -F.logsigmoid(x @ weight).mean() + 1e-3 * (weight ** 2).sum()
+        loss.backward()
+        return loss
+    solver.step(closure)
+    margins = table(hold) @ weight.detach()
+    return {"length": pairwise_accuracy(differences * longer, -differences * longer),
+            "bag_of_words": pairwise_accuracy(margins, -margins)}
+
+
+def normalize(model, texts):
+    """Set the buffers so that the scores of these texts have mean 0 and standard deviation 1."""
+    model.score_mean.fill_(0.0)
+    model.score_std.fill_(1.0)
+    raw = score_texts(model, texts)
+    model.score_mean.copy_(raw.mean())
+    model.score_std.copy_(raw.std().clamp(min=1e-6))
+
+
+def conclude(config, found, data, log, ranks):
+    """Say and write what the model is worth; returns the gate for config.json."""
+    metric = "accuracy" if config.pair_coef and "accuracy" in found else "pearson"
+    if metric not in found:
+        raise UserError("the validation prompts hold nothing to judge by; give --val_data or more --val_share")
+    chance = 0.5 if metric == "accuracy" else 0.0
+    low = found[f"{metric}_interval"][0]
+    gate = {"metric": metric, "value": found[metric], "low": low, "passed": bool(low > chance)}
+    plain = baselines(data["train"], data["val"])
+    found = found | {"baselines": plain, "gate": gate}
+    ranks.say(f"held out: {told(found)}")
+    for margin, (n, right) in found.get("by_margin", {}).items():
+        ranks.say(f"    margin {margin}: {right:.3f} of {n:,} right")
+    ranks.say("baselines: " + "  ".join(f"{name} {value:.3f}" for name, value in plain.items()))
+    ranks.say(verdict(found, gate, plain))
+    log.write(config.max_steps, **{f"val_{k}": v for k, v in found.items() if isinstance(v, float)})
+    if ranks.is_main:
+        write_text(Path(config.out_dir) / "report.json", json.dumps(found, indent=1) + "\n")
+    return gate
+
+
+def verdict(found, gate, plain):
+    """The result in words."""
+    if not gate["passed"]:
+        return (f"verdict: not usable. {gate['metric']} {gate['value']:.3f} is within noise of chance (its 95% "
+                f"interval begins at {gate['low']:.3f}); more or clearer judgements are needed. ppo.py refuses it.")
+    text = f"verdict: usable. {gate['metric']} {gate['value']:.3f}, at least {gate['low']:.3f} with 95% confidence."
+    worse = [name.replace("_", " ") for name, value in plain.items() if value >= found.get("accuracy", 1)]
+    if worse:
+        text += f" But {' and '.join(worse)} alone does as well: it has learnt little that is not on the surface."
+    if abs(found["length_correlation"]) > 0.5:
+        side = "longer" if found["length_correlation"] > 0 else "shorter"
+        text += f" It likes {side} replies (correlation {found['length_correlation']:.2f}): watch the length in PPO."
+    return text
+
+
+def told(found):
+    """The numbers of `judge` in a line."""
+    parts = [f"{k} {v:.4f}" for k, v in found.items() if isinstance(v, float)]
+    parts += [f"{k[:-9]} 95% interval {v[0]:.3f}-{v[1]:.3f}" for k, v in found.items() if k.endswith("_interval")]
+    return "  ".join(parts)
+
+
+# ---- scoring a file, and the built-in data
+
+def score_file(config, ranks):
+    """Print {"where", "scores"} for every record of judged or plain replies of a file."""
+    model, tokenizer, _ = checkpoint.load_model(config.init_from or config.out_dir, ranks.device)
+    if not isinstance(model, ScalarModel):
+        raise UserError(f"--init_from {config.init_from} is no reward model; give the --out_dir of a reward.py run")
+    for where, record in read_records(config.score):
+        try:
+            if isinstance(record, UserError):
+                raise record
+            messages, replies = replies_of(record)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        asked = tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
+        scores = score_texts(model, [joined(asked, [*tokenizer.encode(text.strip()), tokenizer.im_end_id],
+                                            model.config.max_seq_len) for text in replies])
+        print(json.dumps({"where": where, "scores": [round(score, 4) for score in scores.tolist()]}))
+
+
+def replies_of(record):
+    """(messages, replies) of a record of samples.jsonl, of judged replies or of a conversation."""
+    if isinstance(record, dict) and isinstance(record.get("replies"), list):
+        return record["messages"], [reply["text"] for reply in record["replies"]]
+    try:
+        found = to_comparison(record)
+        return found.messages, found.replies
+    except UserError:
+        messages = to_messages(record)
+        return messages[:-1], [messages[-1]["content"]]
+
+
+def built_in(config, ranks):
+    """The config with made-up judgements and a small untrained model filled in; for --smoke."""
+    directory = Path(config.out_dir) / "built_in"
+    if ranks.is_main and not directory.exists():
+        directory.mkdir(parents=True)
+        records = [{"prompt": f"Say {word} {i}.", "outputs": [
+            {"response": f"{word} {i}!", "rank": 1}, {"response": f"{word}?", "rank": 2},
+            {"response": "no", "rank": 3}]} for i in range(20) for word in ("hello", "yes", "now")]
+        write_text(directory / "rankings.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        tokenizer = Tokenizer.train([json.dumps(record) for record in records], 300)
+        model = LanguageModel(ModelConfig(tokenizer.vocab_size, d_model=64, n_layers=2, n_heads=4, d_ff=128))
+        checkpoint.save(directory / "model", 0, {"stage": "sft", "config": vars(model.config), "tokens": 0},
+                        model.state_dict(), {}, tokenizer)
+    ranks.barrier()
+    return replace(config, data=config.data or str(directory / "rankings.jsonl"),
+                   init_from=config.init_from or str(directory / "model"))
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse_config(RewardConfig, presets=PRESETS, kept=RESUMABLE)))
