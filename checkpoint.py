@@ -66,7 +66,9 @@ def source(config, say=print):
         raise UserError("--init_from is missing; name the pretraining run or checkpoint to start from")
     path = resolve(config.out_dir if config.resume else config.init_from, say)
     found = model_config(read_config(path)["config"])
-    found = replace(found, dropout=config.dropout, max_seq_len=config.max_seq_len or found.max_seq_len)
+    given = vars(config)                                            # PPO has neither flag
+    found = replace(found, dropout=given.get("dropout", 0.0),
+                    max_seq_len=given.get("max_seq_len", 0) or found.max_seq_len)
     return found, Tokenizer.load(path / "tokenizer")
 
 
