@@ -226,7 +226,7 @@ def train(config, policy, reference, value_model, prompts, score, eos_id, log=pr
     state = {"step": 0, "tokens": 0, "kl_coef": config.kl_coef}
     if begin:
         state |= begin(both, optimizer, scaler)
-    controller = AdaptiveKL(state["kl_coef"], config.kl_target, config.kl_horizon)
+    controller, complaints = AdaptiveKL(state["kl_coef"], config.kl_target, config.kl_horizon), set()
     for update in range(state["step"], config.max_steps):
         started, lr = time.perf_counter(), lr_at(update, config)
         set_lr(optimizer, lr)
@@ -255,8 +255,10 @@ def train(config, policy, reference, value_model, prompts, score, eos_id, log=pr
         n_tokens = sum(map(len, asked)) + sum(map(len, replies))
         state |= {"step": update + 1, "tokens": state["tokens"] + n_tokens, "kl_coef": controller.kl_coef}
         log(update + 1, n_tokens, time.perf_counter() - started, metrics)
-        for sentence in diagnose(metrics):
-            ranks.say(f"doctor, update {update + 1}: {sentence}")
+        found = diagnose(metrics)
+        for name in found.keys() - complaints:                  # said when it begins, not at every update
+            ranks.say(f"doctor, update {update + 1}: {found[name]}")
+        complaints = found.keys()
         if keep and keep(state, optimizer, scaler, metrics):
             break
     return policy
@@ -438,6 +440,7 @@ def measure(batch, scores, replies, eos_id):
     spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     return {"score": scores.mean().item(), "score_std": scores.std().item() if len(scores) > 1 else 0.0,
             "kl": kl.mean().item(), "kl_k3": k3.mean().item(),
+            "kl_per_token": (kl.sum() / mask.sum()).item(),
             "kl_z": (kl.mean() / (kl.std() / len(kl) ** 0.5 + 1e-6)).item() if len(kl) > 1 else 0.0,
             "surprise_z": (surprise.mean() / (surprise.std() / len(kl) ** 0.5 + 1e-6)).item() if len(kl) > 1 else 0.0,
             "entropy": masked_mean(batch["entropies"], mask).item(), "length": mask.sum(1).mean().item(),
@@ -451,8 +454,8 @@ HEALTHY = [         # metric, lowest and highest healthy value, what it means ou
     ("surprise_z", -5, 5, "the replies are {:+.1f} standard errors likelier than the policy says: they were not sampled "
                           "from it; look for another temperature, top-k or top-p (+), wrong positions or padding (-)"),
     ("kl_z", -4, math.inf, "the KL is negative by {:.1f} standard errors, which no KL is: sampling and scoring differ"),
-    ("kl", -math.inf, 15, "KL {:.1f} nats a reply: the policy has left the reference; raise kl_coef, or lower "
-                          "learning_rate"),
+    ("kl_per_token", -math.inf, 0.5, "KL {:.2f} nats a token: the policy has left the reference; raise kl_coef, or lower "
+                                     "learning_rate"),
     ("approx_kl", -math.inf, 0.1, "one update moves the policy by {:.2g} nats a token; lower learning_rate or "
                                   "num_ppo_epochs"),
     ("clipfrac", -math.inf, 0.4, "{:.0%} of tokens are clipped: the steps are too long; lower learning_rate or "
@@ -469,9 +472,9 @@ HEALTHY = [         # metric, lowest and highest healthy value, what it means ou
 
 
 def diagnose(metrics):
-    """A sentence for every metric outside its healthy range."""
-    return [f"{name} {metrics[name]:.3g}: {text.format(metrics[name])}" for name, low, high, text in HEALTHY
-            if not low <= metrics[name] <= high]
+    """{metric: sentence} for every metric outside its healthy range."""
+    return {name: f"{name} {metrics[name]:.3g}: {text.format(metrics[name])}" for name, low, high, text in HEALTHY
+            if not low <= metrics[name] <= high}
 
 
 # ---- from the command line
