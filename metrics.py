@@ -193,7 +193,7 @@ def calibration_error(probabilities, outcomes, n_bins=10):
     Averaged over n_bins bins that hold equally many, weighted by how many they hold.
     """
     check_lengths(probabilities, outcomes)
-    pairs, total = sorted(zip(probabilities, outcomes)), 0.0
+    pairs, total = sorted(zip(probabilities, outcomes), key=lambda pair: pair[0]), 0.0
     for b in range(n_bins):
         part = pairs[b * len(pairs) // n_bins:(b + 1) * len(pairs) // n_bins]
         total += abs(sum(p - came_true for p, came_true in part))
