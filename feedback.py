@@ -154,13 +154,10 @@ def read_samples(path):
 def read_ratings(path, samples):
     """Checked ratings in the order of the file; of one annotator's on a sample the last of each kind."""
     found = {}
-    records = list(read_records(path)) if Path(path).exists() else []
-    for i, (where, record) in enumerate(records):
-        if isinstance(record, UserError):
-            if i == len(records) - 1:
-                print(f"{where}: left out, a line that was cut off", file=sys.stderr)
-                continue
-            raise UserError(f"{where}: {record}")
+    for where, record in read_records(path) if Path(path).exists() else ():
+        if isinstance(record, UserError):                       # what a kill left of a line
+            print(f"{where}: left out, {record}", file=sys.stderr)
+            continue
         try:
             check_rating(record, samples)
         except UserError as error:
@@ -219,8 +216,10 @@ def append(path, record):
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     with about(path):
         with open(path, "ab+", buffering=0) as file:
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                line = b"\n" + line                             # a kill has cut the last line off
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":                       # a kill has cut the last line off
+                    line = b"\n" + line
             file.write(line)
             os.fsync(file.fileno())
 
