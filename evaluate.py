@@ -2,6 +2,8 @@
 
     python evaluate.py --models out/pretrain,out/sft --tasks eval_val.jsonl --requests requests.jsonl
     python evaluate.py --models out/pretrain --text_dir out/data            # bits per byte
+    python evaluate.py --models out/sft,out/ppo --prompts prompts_val.jsonl --requests requests.jsonl \
+        --reward_model out/reward --best_of 64          # policies against the first one, which is the reference
     python evaluate.py --runs "out/*"                                       # one row a run with its settings
 
 Replies are greedy unless told otherwise. Task files: {id, task, language, messages, references, labels}, from
@@ -14,18 +16,19 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import checkpoint
-from batches import Shards, bits_per_byte
+from batches import Shards, bits_per_byte, joined, score_texts
 from cli import UserError, option, parse_config, progress_bar, run, write_text
-from data.gold import ASPECTS, Look, rate
-from generate import generate
+from data.gold import ASPECTS, Look, gold, rate
+from generate import generate, reply_logprobs
 from metrics import (accuracy, bleu, distinct_n, exact_match, precision_recall_f1, repetition_rate, rouge,
                      token_f1)
-from model import IGNORE_INDEX, LanguageModel
+from model import IGNORE_INDEX, LanguageModel, ScalarModel
 from records import check_messages, chat, read_records
-from training import pick_device
+from training import draw_seed, pick_device
 
 KEYS = "id", "task", "language", "messages", "references"
 AT_ONCE = 64                    # prompts answered together
@@ -42,6 +45,10 @@ class EvaluateConfig:
     temperature: float = option(0.0, "0 = greedy")
     max_new_tokens: int = option(100, "longest reply, tokens")
     seed: int = option(0, "of replies at a temperature above 0")
+    prompts: str = option("", "instead of tasks: prompts {id, messages} that the models answer at temperature 1; the "
+                              "first one is what the others are held against")
+    reward_model: str = option("", "run of reward.py that scores those replies")
+    best_of: int = option(0, "replies of the first model a prompt, for best-of-n; 0 = none")
     show: int = option(0, "transcripts of each task and language to print")
     out: str = option("", "also write everything, replies included, to this JSON file")
     runs: str = option("", 'instead, a table of runs: a pattern such as "out/*"')
@@ -52,12 +59,15 @@ def main(config):
     if config.runs:
         print_table(runs_table(config.runs))
         return
+    if config.models and config.prompts:
+        compare(config)
+        return
     if not config.models or not (config.tasks or config.text_dir):
-        raise UserError("give --models and --tasks or --text_dir, or --runs (see evaluate.py --help)")
+        raise UserError("give --models and --tasks, --text_dir or --prompts, or --runs (see evaluate.py --help)")
     examples = read_examples(config.tasks, config.limit) if config.tasks else []
     requests = read_requests(config.requests, examples) if config.requests else {}
     found = {}
-    for name in filter(None, (name.strip() for name in config.models.split(","))):
+    for name in models_of(config.models):
         model, tokenizer, _ = checkpoint.load_model(name, pick_device(config.device))
         if not isinstance(model, LanguageModel):
             raise UserError(f"model {name} gives scores, not text; use one of pretrain, sft or ppo")
@@ -209,6 +219,130 @@ def numbers(replies, requests):
 def has_elements(request, reply):
     """Whether a tale names everybody and everything that was asked for."""
     return bool(reply.strip()) and all(Look(request, reply.strip()).has(role) for role in request["elements"])
+
+
+# ---- policies against a reference
+
+def compare(config):
+    """Print and write what each model's replies are worth: score, gold, KL from the first model, wins over it.
+
+    All answer the same prompts once at temperature 1. Gold is told in standard deviations of the first model's
+    over these prompts, from its mean.
+    """
+    if not config.requests or not config.reward_model:
+        raise UserError("--prompts needs --requests and --reward_model; both judge the replies")
+    device = pick_device(config.device)
+    judge_model, tokenizer, _ = checkpoint.load_model(config.reward_model, device)
+    if not isinstance(judge_model, ScalarModel):
+        raise UserError(f"--reward_model {config.reward_model} is no reward model; give a run of reward.py")
+    examples = [record for _, record in read_records(config.prompts)][:config.limit or None]
+    requests = read_requests(config.requests, examples)
+    asked = [tokenizer.encode_chat(e["messages"], add_generation_prompt=True)[0] for e in examples]
+    rows, reference, base = [], None, None
+    for name in models_of(config.models):
+        model, own, _ = checkpoint.load_model(name, device)
+        if own.sha256 != tokenizer.sha256:
+            raise UserError(f"model {name}: its tokenizer is not the reward model's; they cannot be compared")
+        reference = reference or model
+        replies = sampled(model, asked, config, tokenizer.im_end_id)
+        found = judged(replies, asked, examples, requests, judge_model, tokenizer)
+        found["kl"] = divergence(model, reference, asked, replies)
+        base = base or found
+        rows.append({"model": name, **against(found, base)})
+    print_table(rows)
+    curve = best_of(config, reference, asked, examples, requests, judge_model, tokenizer, base) if config.best_of else []
+    if curve:
+        print_table(curve)
+    if config.out:
+        write_text(Path(config.out), json.dumps({"policies": rows, "best_of": curve}, indent=1) + "\n")
+
+
+def models_of(names):
+    """The names in a list, patterns such as out/ppo/weights/* expanded."""
+    found = [path for name in filter(None, (n.strip() for n in names.split(",")))
+             for path in (sorted(glob.glob(name)) if "*" in name else [name])]
+    if not found:
+        raise UserError(f"--models {names}: nothing is there")
+    return found
+
+
+def sampled(model, prompts, config, eos_id, draw=0):
+    """One reply to each prompt at temperature 1, lists of ids."""
+    replies, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), AT_ONCE):
+        part = order[start:start + AT_ONCE]
+        seeds = [draw_seed(config.seed, f"reply {draw}", i) for i in part]
+        for i, ids in zip(part, generate(model, [prompts[i] for i in part], config.max_new_tokens, stop_ids=(eos_id,),
+                                         seeds=seeds)):
+            replies[i] = ids
+    return replies
+
+
+def judged(replies, prompts, examples, requests, judge_model, tokenizer):
+    """{"score", "gold", "length", "ended"}: a list over the replies each."""
+    eos, longest = tokenizer.im_end_id, judge_model.config.max_seq_len
+    texts = [joined(p, r if r[-1] == eos else [*r, eos], longest) for p, r in zip(prompts, replies)]
+    words = [tokenizer.decode([id for id in ids if id < tokenizer.eot_id]) for ids in replies]
+    return {"score": score_texts(judge_model, texts).tolist(),
+            "gold": [gold(requests[e["id"]], text) for e, text in zip(examples, words)],
+            "length": [len(ids) for ids in replies], "ended": [ids[-1] == eos for ids in replies]}
+
+
+def divergence(model, reference, prompts, replies):
+    """KL(model, reference) of each reply, nats, by k1: the log-probability under one less that under the other."""
+    if model is reference:
+        return [0.0] * len(replies)
+    kl = []
+    for start in range(0, len(prompts), AT_ONCE):
+        part = prompts[start:start + AT_ONCE], replies[start:start + AT_ONCE]
+        kl += [a - b for a, b in zip(reply_logprobs(model, *part), reply_logprobs(reference, *part))]
+    return kl
+
+
+def against(found, base):
+    """A row of numbers: means of `found`, its gold in units of `base`, and how often it wins, ties counting half.
+
+    gold_same_length is the policy's part of gold ~ 1 + length + policy, least squares over both models' replies.
+    """
+    gold_, base_gold = np.array(found["gold"]), np.array(base["gold"])
+    unit = base_gold.std() or 1.0
+    lengths = np.array(found["length"] + base["length"], dtype=float)
+    design = np.stack([np.ones(len(lengths)), lengths, np.repeat([1.0, 0.0], len(gold_))], 1)
+    fit, *_ = np.linalg.lstsq(design, np.concatenate([gold_, base_gold]), rcond=None)
+    wins = (gold_ > base_gold) + 0.5 * (gold_ == base_gold)
+    return {"n": len(gold_), "score": float(np.mean(found["score"])), "gold": float(gold_.mean()),
+            "gold_units": float((gold_.mean() - base_gold.mean()) / unit),
+            "gold_same_length": float(fit[2] / unit) if found is not base else 0.0,
+            "to_ceiling": float((gold_.mean() - base_gold.mean()) / (5 - base_gold.mean())),
+            "win_rate": float(wins.mean()), "kl": float(np.mean(found["kl"])),
+            "kl_error": float(np.std(found["kl"]) / len(gold_) ** 0.5),
+            "length": float(np.mean(found["length"])), "ended": float(np.mean(found["ended"]))}
+
+
+def best_of(config, model, asked, examples, requests, judge_model, tokenizer, base):
+    """Rows of best-of-n for n = 1, 2, 4, ...: chosen by score, judged by gold, in the units of `against`."""
+    draws = [judged(sampled(model, asked, config, tokenizer.im_end_id, draw + 1), asked, examples, requests,
+                    judge_model, tokenizer) for draw in progress_bar(iterable=range(config.best_of), desc="best of n")]
+    scores, marks = (np.array([d[key] for d in draws]).T for key in ("score", "gold"))         # (prompts, N)
+    unit, rows, n = np.std(base["gold"]) or 1.0, [], 1
+    while n <= config.best_of:
+        mean = best_of_n(scores, marks, n)
+        rows.append({"best_of": n, "kl": math.log(n) - (n - 1) / n, "score": best_of_n(scores, scores, n),
+                     "gold": mean, "gold_units": (mean - np.mean(base["gold"])) / unit})
+        n *= 2
+    return rows
+
+
+def best_of_n(scores, values, n):
+    """Expected value of the reply with the best score among n of N, unbiased (Gao et al. 2022, appendix I).
+
+    scores, values (prompts, N). Of all choices of n, C(i, n - 1) / C(N, n) have the one of rank i (from 0, the
+    worst) as their best.
+    """
+    N = scores.shape[1]
+    order = np.argsort(scores, axis=1, kind="stable")
+    weights = np.array([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])
+    return float((np.take_along_axis(values, order, axis=1) * weights).sum(1).mean())
 
 
 # ---- tables

@@ -20,15 +20,13 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-import torch
-
 import checkpoint
 from batches import draws
 from cli import UserError, about, option, parse_config, progress_bar, run, write_text
 from data.gold import ASPECTS, rate as gold_marks
-from generate import generate, uniforms
+from generate import generate, reply_logprobs, uniforms
 from metrics import interval, krippendorff_alpha, nominal
-from model import LanguageModel, token_logprobs
+from model import LanguageModel
 from records import chat, check_messages, read_records, shown
 from training import draw_seed, pick_device
 
@@ -100,17 +98,6 @@ def replies_to(model, tokenizer, conversations, config, seeds):
              "logprob": round(chance, 4), "ended": ids[-1] == tokenizer.im_end_id,
              "temperature": config.temperature, "seed": seed}
             for ids, chance, seed in zip(found, chances, seeds)]
-
-
-@torch.no_grad()
-def reply_logprobs(model, prompts, replies, temperature):
-    """Log-probability in nats of each whole reply under the model at this temperature; lists of ids."""
-    rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies)]
-    T, device = max(map(len, rows)), next(model.parameters()).device
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
-    logprobs = token_logprobs(model(ids), ids, temperature)
-    return [logprobs[i, len(prompt) - 1:len(row) - 1].sum().item()
-            for i, (prompt, row) in enumerate(zip(prompts, rows))]
 
 
 def read_prompts(path, limit=0):

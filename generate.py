@@ -17,7 +17,7 @@ import torch
 from batches import draws
 from checkpoint import load_model
 from cli import UserError, option, parse_config, run
-from model import KVCache, LanguageModel
+from model import KVCache, LanguageModel, token_logprobs
 from training import pick_device
 
 DROP_SHARE = 0.25                   # ended rows are computed along until they are this share of the batch
@@ -192,6 +192,17 @@ def next_logits(model, ids, n_real, cache):
             model.train()
     cache.advance(n_real)
     return model.head(hidden[torch.arange(len(ids), device=ids.device), n_real - 1]).float()
+
+
+@torch.no_grad()
+def reply_logprobs(model, prompts, replies, temperature=1.0):
+    """Log-probability in nats of each whole reply under the model at this temperature; lists of ids."""
+    rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies)]
+    T, device = max(map(len, rows)), next(model.parameters()).device
+    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
+    logprobs = token_logprobs(model(ids), ids, temperature)
+    return [logprobs[i, len(prompt) - 1:len(row) - 1].sum().item()
+            for i, (prompt, row) in enumerate(zip(prompts, rows))]
 
 
 # ---- command line

@@ -365,7 +365,7 @@ def think(forward, reference, batch, minibatches, micro_batch_size, config, rank
 
 def learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, update, ranks, ptx, watch):
     """The passes of an update; returns what they were like."""
-    sums, first, steps, norm = torch.zeros(6, device=ranks.device), math.nan, 0, 0.0
+    sums, first, steps, norm = torch.zeros(5, device=ranks.device), math.nan, 0, 0.0
     R = batch["mask"].shape[1]
     names = "ids", "starts", "mask", "old_logprobs", "old_values", "advantages", "returns"
     for epoch, minibatches in enumerate(plan):
@@ -374,19 +374,19 @@ def learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, upd
             parts, n_tokens = [batch[name][mine] for name in names], batch["mask"][rows].sum().item()
             step = (update * config.num_ppo_epochs + epoch) * config.num_mini_batches + number
             parts += pretraining_rows(ptx, config, step, len(rows), ranks) if ptx else []
-            stats = torch.zeros(6, device=ranks.device)     # policy, value, clipped, entropy, k3, largest ratio
+            stats = torch.zeros(5, device=ranks.device)     # policy, value, clipped, k3, largest ratio
             optimizer.zero_grad()
             accumulate(forward, loss_function(config, R, n_tokens, stats), parts, micro_batch_size, n_tokens, ranks,
                        scaler, config.seed, step)
-            largest = stats[5].clone()
+            largest = stats[4].clone()
             if ranks.world_size > 1:
                 dist.all_reduce(largest, dist.ReduceOp.MAX)
-            means = ranks.sum(stats)[:5] / n_tokens
+            means = ranks.sum(stats)[:4] / n_tokens
             first = largest.item() if math.isnan(first) else first
-            sums[:5] += means
-            sums[5] = torch.maximum(sums[5], largest)
+            sums[:4] += means
+            sums[4] = torch.maximum(sums[4], largest)
             steps += 1
-            if config.kl_stop and means[4] > config.kl_stop:    # before the step: Adam's momentum would move on
+            if config.kl_stop and means[3] > config.kl_stop:    # before the step: Adam's momentum would move on
                 optimizer.zero_grad()
                 break
             norm = clip_and_step(optimizer, (p for g in optimizer.param_groups for p in g["params"]), scaler,
@@ -395,9 +395,9 @@ def learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, upd
         else:
             continue
         break
-    names = "policy_loss", "value_loss", "clipfrac", "policy_entropy", "approx_kl"
-    found = dict(zip(names, (sums[:5] / steps).tolist()))
-    return found | {"first_ratio": first, "ratio_max": sums[5].item(), "grad_norm": norm, "optimizer_steps": steps}
+    names = "policy_loss", "value_loss", "clipfrac", "approx_kl"
+    found = dict(zip(names, (sums[:4] / steps).tolist()))
+    return found | {"first_ratio": first, "ratio_max": sums[4].item(), "grad_norm": norm, "optimizer_steps": steps}
 
 
 def loss_function(config, R, n_tokens, stats):
@@ -407,15 +407,15 @@ def loss_function(config, R, n_tokens, stats):
         policy, count, clipped = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
         value, _ = value_loss(values, old_values, returns, mask, config.cliprange_value)
         total = policy + config.vf_coef * value
-        spread, _ = entropy(logits if config.entropy_coef else logits.detach(), mask)
-        total = total - config.entropy_coef * spread
+        if config.entropy_coef:                             # dear: one more softmax over the vocabulary
+            total = total - config.entropy_coef * entropy(logits, mask)[0]
         if mixed is not None:                               # its mean is over its own tokens, all rows being full
             n_mixed = config.batch_size // config.num_mini_batches * ptx[0].shape[1]
             total = total + config.ptx_coef * mixed[0] * (n_tokens / n_mixed)
         with torch.no_grad():
             moved = kl_estimate(old_logprobs, logprobs, "k3")   # KL(old, new) at tokens of the old policy
-            stats[:5] += torch.stack([policy, value, clipped, spread, (moved * mask).sum()])
-            stats[5] = torch.maximum(stats[5], (((logprobs - old_logprobs).exp() - 1).abs() * mask).max())
+            stats[:4] += torch.stack([policy, value, clipped, (moved * mask).sum()])
+            stats[4] = torch.maximum(stats[4], (((logprobs - old_logprobs).exp() - 1).abs() * mask).max())
         return total, count
     return loss_of
 

@@ -19,7 +19,8 @@ from cli import UserError
 from data.gold import ASPECTS
 from data.instructions import InstructionsConfig, write_files
 from feedback import (CollectConfig, RateConfig, SampleConfig, SimulateConfig, agreement, append, check_rating,
-                      collect, judgement, rate, read_ratings, read_samples, reply_logprobs, sample, simulate)
+                      collect, judgement, rate, read_ratings, read_samples, sample, simulate)
+from generate import reply_logprobs
 from model import LanguageModel, ModelConfig
 from records import to_comparison
 from tokenizer import Tokenizer
