@@ -261,7 +261,7 @@ def joined(prompt, reply, max_tokens):
 
 
 def packed_replies(texts, max_seq_len, device=None):
-    """Rows of whole texts, lists of ids: ids, doc_ids (B, T), and each text's row and last place, (N,) each."""
+    """Rows of whole texts (lists of ids): ids, doc_ids (B, T), and each text's row and last place, (N,)."""
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     rows = first_fit([len(texts[i]) for i in order], max_seq_len)
     ids, doc_ids = (torch.zeros(len(rows), max_seq_len, dtype=torch.int64) for _ in range(2))

@@ -3,7 +3,7 @@
     python evaluate.py --models out/pretrain,out/sft --tasks eval_val.jsonl --requests requests.jsonl
     python evaluate.py --models out/pretrain --text_dir out/data            # bits per byte
     python evaluate.py --models out/sft,out/ppo --prompts prompts_val.jsonl --requests requests.jsonl \
-        --reward_model out/reward --best_of 64          # policies against the first one, which is the reference
+        --reward_model out/reward --best_of 64          # policies against the first one
     python evaluate.py --runs "out/*"                                       # one row a run with its settings
 
 Replies are greedy unless told otherwise. Task files: {id, task, language, messages, references, labels}, from
@@ -45,8 +45,8 @@ class EvaluateConfig:
     temperature: float = option(0.0, "0 = greedy")
     max_new_tokens: int = option(100, "longest reply, tokens")
     seed: int = option(0, "of replies at a temperature above 0")
-    prompts: str = option("", "instead of tasks: prompts {id, messages} that the models answer at temperature 1; the "
-                              "first one is what the others are held against")
+    prompts: str = option("", "instead of tasks: prompts {id, messages} that the models answer at "
+                              "temperature 1; the first one is what the others are held against")
     reward_model: str = option("", "run of reward.py that scores those replies")
     best_of: int = option(0, "replies of the first model a prompt, for best-of-n; 0 = none")
     show: int = option(0, "transcripts of each task and language to print")
@@ -63,7 +63,8 @@ def main(config):
         compare(config)
         return
     if not config.models or not (config.tasks or config.text_dir):
-        raise UserError("give --models and --tasks, --text_dir or --prompts, or --runs (see evaluate.py --help)")
+        raise UserError("give --models and --tasks, --text_dir or --prompts, or --runs (see evaluate.py "
+                        "--help)")
     examples = read_examples(config.tasks, config.limit) if config.tasks else []
     requests = read_requests(config.requests, examples) if config.requests else {}
     found = {}
@@ -224,10 +225,10 @@ def has_elements(request, reply):
 # ---- policies against a reference
 
 def compare(config):
-    """Print and write what each model's replies are worth: score, gold, KL from the first model, wins over it.
+    """Print and write what each model's replies are worth: score, gold, KL from the first one, wins over it.
 
-    All answer the same prompts once at temperature 1. Gold is told in standard deviations of the first model's
-    over these prompts, from its mean.
+    All answer the same prompts once at temperature 1. gold_units is gold in standard deviations of the first
+    model's over these prompts, from its mean.
     """
     if not config.requests or not config.reward_model:
         raise UserError("--prompts needs --requests and --reward_model; both judge the replies")
@@ -250,7 +251,8 @@ def compare(config):
         base = base or found
         rows.append({"model": name, **against(found, base)})
     print_table(rows)
-    curve = best_of(config, reference, asked, examples, requests, judge_model, tokenizer, base) if config.best_of else []
+    curve = best_of(config, reference, asked, examples, requests, judge_model, tokenizer,
+                    base) if config.best_of else []
     if curve:
         print_table(curve)
     if config.out:
@@ -272,7 +274,8 @@ def sampled(model, prompts, config, eos_id, draw=0):
     for start in range(0, len(order), AT_ONCE):
         part = order[start:start + AT_ONCE]
         seeds = [draw_seed(config.seed, f"reply {draw}", i) for i in part]
-        for i, ids in zip(part, generate(model, [prompts[i] for i in part], config.max_new_tokens, stop_ids=(eos_id,),
+        for i, ids in zip(part, generate(model, [prompts[i] for i in part], config.max_new_tokens,
+                                         stop_ids=(eos_id,),
                                          seeds=seeds)):
             replies[i] = ids
     return replies
@@ -289,7 +292,7 @@ def judged(replies, prompts, examples, requests, judge_model, tokenizer):
 
 
 def divergence(model, reference, prompts, replies):
-    """KL(model, reference) of each reply, nats, by k1: the log-probability under one less that under the other."""
+    """KL(model, reference) of each reply, nats, by k1: log-probability under one less under the other."""
     if model is reference:
         return [0.0] * len(replies)
     kl = []
@@ -300,9 +303,9 @@ def divergence(model, reference, prompts, replies):
 
 
 def against(found, base):
-    """A row of numbers: means of `found`, its gold in units of `base`, and how often it wins, ties counting half.
+    """A row: means of `found`, its gold in units of `base`, and how often it wins, ties counting half.
 
-    gold_same_length is the policy's part of gold ~ 1 + length + policy, least squares over both models' replies.
+    gold_same_length is the policy's part of gold ~ 1 + length + policy, least squares over both's replies.
     """
     gold_, base_gold = np.array(found["gold"]), np.array(base["gold"])
     unit = base_gold.std() or 1.0
@@ -322,7 +325,8 @@ def against(found, base):
 def best_of(config, model, asked, examples, requests, judge_model, tokenizer, base):
     """Rows of best-of-n for n = 1, 2, 4, ...: chosen by score, judged by gold, in the units of `against`."""
     draws = [judged(sampled(model, asked, config, tokenizer.im_end_id, draw + 1), asked, examples, requests,
-                    judge_model, tokenizer) for draw in progress_bar(iterable=range(config.best_of), desc="best of n")]
+                    judge_model, tokenizer) for draw in progress_bar(iterable=range(config.best_of),
+                                                                     desc="best of n")]
     scores, marks = (np.array([d[key] for d in draws]).T for key in ("score", "gold"))         # (prompts, N)
     unit, rows, n = np.std(base["gold"]) or 1.0, [], 1
     while n <= config.best_of:
@@ -336,8 +340,8 @@ def best_of(config, model, asked, examples, requests, judge_model, tokenizer, ba
 def best_of_n(scores, values, n):
     """Expected value of the reply with the best score among n of N, unbiased (Gao et al. 2022, appendix I).
 
-    scores, values (prompts, N). Of all choices of n, C(i, n - 1) / C(N, n) have the one of rank i (from 0, the
-    worst) as their best.
+    scores, values (prompts, N). Of all choices of n, C(i, n - 1) / C(N, n) have the one of rank i (from 0,
+    the worst) as their best.
     """
     N = scores.shape[1]
     order = np.argsort(scores, axis=1, kind="stable")

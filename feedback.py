@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -34,7 +35,6 @@ AT_ONCE = 64                    # replies sampled together
 KINDS = "ranking", "choice", "rubric"
 FORMS = "rankings", "pairs", "triples", "scores"
 ODD = 0.15                      # a rater that agrees this much less with the others than they do is named
-STDEV_GUMBEL = math.pi / math.sqrt(6)
 
 
 # ---- sample
@@ -42,7 +42,8 @@ STDEV_GUMBEL = math.pi / math.sqrt(6)
 @dataclass
 class SampleConfig:
     """Sample several replies to each prompt."""
-    models: str = option("out/sft", "OUT directories or checkpoints, separated by commas; all answer each prompt")
+    models: str = option("out/sft", "OUT directories or checkpoints, separated by commas; all answer each "
+                                    "prompt")
     prompts: str = option("", "prompts, .jsonl: {id, messages}")
     out: str = option("out/samples.jsonl", "file to write")
     replies: int = option(4, "of each prompt and model, before equal ones are dropped")
@@ -88,8 +89,9 @@ def replies_to(model, tokenizer, conversations, config, seeds):
     room = model.config.max_seq_len - config.max_new_tokens
     for prompt, messages in zip(prompts, conversations):
         if len(prompt) > room:
-            raise UserError(f"prompt {shown(messages[-1]['content'])} has {len(prompt)} tokens, which leaves no "
-                            f"room for {config.max_new_tokens} more in {model.config.max_seq_len}; shorten it")
+            raise UserError(f"prompt {shown(messages[-1]['content'])} has {len(prompt)} tokens, which leaves "
+                            f"no room for {config.max_new_tokens} more in {model.config.max_seq_len}; "
+                            f"shorten it")
     ends = tokenizer.im_end_id, tokenizer.eot_id
     found = generate(model, prompts, config.max_new_tokens, temperature=config.temperature, stop_ids=ends,
                      seeds=seeds)
@@ -157,7 +159,8 @@ def check_rating(record, samples):
     """Refuse a rating that does not fit its sample."""
     missing = [k for k in ("sample", "annotator", "kind") if not isinstance(record, dict) or k not in record]
     if missing:
-        raise UserError(f"a rating has no {missing[0]!r}; it has sample, annotator, kind, and ranking or scores")
+        raise UserError(f"a rating has no {missing[0]!r}; it has sample, annotator, kind, and ranking or "
+                        f"scores")
     if record["sample"] not in samples:
         raise UserError(f"sample {record['sample']!r} is not among the samples; give the file that was rated")
     if record["kind"] not in KINDS:
@@ -225,12 +228,13 @@ class RateConfig:
 HELP = {
     "ranking": "order them, best first: 1>3>2, equal ones 1>2=3",
     "choice": "1 or 2 is better, = they are equal",
-    "rubric": "for each reply four marks 1-5, " + " ".join(ASPECTS) + ", such as 5443 for one and 5443 3352 for two",
+    "rubric": "for each reply four marks 1-5, " + " ".join(ASPECTS) + ", such as 5443 for one and 5443 3352 "
+                                                                      "for two",
 }
 
 
 def rate(config, ask=input):
-    """Ask for a judgement of each sample that this annotator has not judged yet; returns how many were made."""
+    """Ask for a judgement of each sample that this annotator has not judged; returns how many were made."""
     samples = read_samples(config.samples)
     if not config.annotator.strip():
         raise UserError("--annotator is missing; give your name")
@@ -279,7 +283,7 @@ def show(found, config):
 
 
 def judgement(answer, ids, kind):
-    """What was typed as {"ranking"} or {"scores"}; ids: of the replies in the order in which they were shown."""
+    """What was typed as {"ranking"} or {"scores"}; ids: of the replies in the order they were shown in."""
     answer = answer.replace(" ", "") if kind != "rubric" else answer
     if kind == "rubric":
         marks = answer.split()
@@ -311,10 +315,11 @@ class SimulateConfig:
     out: str = option("out/ratings.jsonl", "file that ratings are appended to; samples judged in it are left")
     annotators: int = option(1, "programs, each judging every sample")
     kind: str = option("ranking", "ranking, choice or rubric")
-    temperature: float = option(0.0, "noise: the better reply wins with sigmoid(gold difference / temperature); "
-                                     "0 = none, equal ones tie")
+    temperature: float = option(0.0, "noise: the better reply wins with sigmoid(gold difference / "
+                                     "temperature); 0 = none, equal ones tie")
     bias: float = option(0.0, "standard deviation over annotators of what each adds to all marks")
-    scale: float = option(0.0, "standard deviation over annotators of the logarithm by which each spreads marks")
+    scale: float = option(0.0, "standard deviation over annotators of the logarithm by which each spreads "
+                               "marks")
     shuffle: bool = option(False, "labels at random, to see that nothing is learnt from them")
     seed: int = option(0, "of noise and habits")
 
@@ -331,11 +336,12 @@ def simulate(config):
     chances = []
     for found in progress_bar(iterable=samples.values(), desc="ratings"):
         if found["id"] not in requests:
-            raise UserError(f"{config.requests}: no request for sample {found['id']!r}; give the requests.jsonl "
-                            "that was written with the prompts")
+            raise UserError(f"{config.requests}: no request for sample {found['id']!r}; give the "
+                            f"requests.jsonl that was written with the prompts")
         marks = {reply["id"]: gold_marks(requests[found["id"]], reply["text"]) for reply in found["replies"]}
         gold = {id: sum(m.values()) / len(m) for id, m in marks.items()}
-        chances += [chance(abs(gold[a] - gold[b]), config) for a, b in combinations(gold, 2) if gold[a] != gold[b]]
+        chances += [chance(abs(gold[a] - gold[b]), config) for a, b in combinations(gold, 2)
+                    if gold[a] != gold[b]]
         for number in range(1, config.annotators + 1):
             name = f"simulated-{number}"
             if len(marks) > 1 and (found["id"], name, config.kind) not in done:
@@ -361,7 +367,8 @@ def opinion(marks, gold, number, id, config):
     of_rater = uniforms(draw_seed(config.seed, "rater", number), 4)
     bias, spread = (math.sqrt(-2 * math.log(1 - of_rater[i])) * math.cos(2 * math.pi * of_rater[i + 1])
                     for i in (0, 2))                            # two normal draws (Box & Muller 1958)
-    draw = uniforms(draw_seed(config.seed, f"opinion {id}", number), 8 * len(marks) + 8).clamp(min=1e-12).tolist()
+    draw = uniforms(draw_seed(config.seed, f"opinion {id}", number),
+                    8 * len(marks) + 8).clamp(min=1e-12).tolist()
     noise = iter(-math.log(-math.log(u)) for u in draw)
     if config.kind == "rubric":
         rated = {}
@@ -419,7 +426,7 @@ def levels(rating):
 
 
 def records_of(ratings, samples, form):
-    """Training records of ratings; one annotator's opinion of one sample stays together where the form can."""
+    """Training records of ratings; what one annotator said of a sample stays together where the form can."""
     lines = []
     for rating in ratings:
         found = samples[rating["sample"]]
@@ -492,7 +499,8 @@ def agreement(ratings):
             for id, mark in by_reply.items():
                 marks[rating["sample"], id].append(mark)
     said = [v for by_name in opinions.values() for v in by_name.values()]
-    lines = [f"{len(ratings):,} ratings: " + ", ".join(f"{name} {n:,}" for name, n in sorted(by_rater.items())),
+    lines = [f"{len(ratings):,} ratings: " + ", ".join(f"{name} {n:,}" for name, n
+                                                       in sorted(by_rater.items())),
              f"{len(said):,} comparisons, {said.count(0) / max(1, len(said)):.1%} of them ties"]
     with_others = {name: [] for name in by_rater}
     for by_name in opinions.values():
@@ -501,9 +509,11 @@ def agreement(ratings):
                 with_others[name].append(by_name[a] == by_name[b])
     if any(with_others.values()):
         share = {name: sum(same) / len(same) for name, same in with_others.items() if same}
-        lines.append(f"two annotators agree on {sum(map(sum, with_others.values())) / sum(map(len, with_others.values())):.1%} "
-                     f"of comparisons; Krippendorff's alpha {krippendorff_alpha([list(v.values()) for v in opinions.values()], nominal):.3f}"
-                     + (f", of the marks {krippendorff_alpha(list(marks.values()), interval):.3f}" if marks else ""))
+        same = [same for list_ in with_others.values() for same in list_]
+        alpha = krippendorff_alpha([list(v.values()) for v in opinions.values()], nominal)
+        of_marks = f", of the marks {krippendorff_alpha(list(marks.values()), interval):.3f}" if marks else ""
+        lines.append(f"two annotators agree on {sum(same) / len(same):.1%} of comparisons; Krippendorff's "
+                     f"alpha {alpha:.3f}{of_marks}")
         for name, same in share.items():
             rest = [v for other, v in share.items() if other != name]
             if len(share) > 2 and same < sum(rest) / len(rest) - ODD:
@@ -516,17 +526,25 @@ COMMANDS = {"sample": (SampleConfig, sample), "rate": (RateConfig, rate),
             "simulate": (SimulateConfig, simulate), "collect": (CollectConfig, collect)}
 
 
-def main(argv):
-    """Run the command that the first argument names."""
+def parse(argv):
+    """The configuration of the command that the first argument names."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
+        for name, (config, _) in COMMANDS.items():
+            print(f"\n---- {name}")
+            with suppress(SystemExit):
+                parse_config(config, ["--help"])
+        sys.exit(0)
     if not argv or argv[0] not in COMMANDS:
-        if argv and argv[0] in ("-h", "--help"):
-            print(__doc__)
-            return
         raise UserError(f"command {argv[0] if argv else '(none)'!r} is unknown; use {', '.join(COMMANDS)}, "
                         "each with --help")
-    config, command = COMMANDS[argv[0]]
-    command(parse_config(config, argv[1:]))
+    return parse_config(COMMANDS[argv[0]][0], argv[1:])
+
+
+def main(config):
+    """Run the command that a configuration is of."""
+    dict(COMMANDS.values())[type(config)](config)
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    run(lambda: main(parse(sys.argv[1:])))

@@ -365,7 +365,8 @@ def token_logprobs(logits, ids, temperature=1.0):
 
     logits (B, T, V) of ids (B, T).
     """
-    logprobs = (logits[:, :-1].float() / temperature).log_softmax(-1)
+    logits = logits[:, :-1].float()
+    logprobs = (logits / temperature if temperature != 1 else logits).log_softmax(-1)   # / 1 would copy them
     return logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 

@@ -6,7 +6,8 @@ model, the value model from the reward model.
     python ppo.py --config demo --init_from out/sft --reward_model out/reward --data prompts_train.jsonl
     python ppo.py --init_from out/sft --reward_model out/reward --data FILE --reward_fn mine.py:score
 
-Shapes:  B replies   T prompt and reply   R reply, at most   V vocab_size; masks (B, R): 1 = a token of the reply
+Shapes:  B replies   T prompt and reply   R reply, at most   V vocab_size
+Masks are (B, R), 1 = a token of the reply.
 A score is one number a reply, a reward one a token: -kl_coef * KL everywhere, the score on the last token.
 """
 
@@ -22,7 +23,8 @@ import torch.distributed as dist
 from torch import nn
 
 import checkpoint
-from batches import Shards, check_tokenizer, draws, joined, n_rows, packed_rows, rows_of_step, score_texts, share
+from batches import (Shards, check_tokenizer, draws, joined, n_rows, packed_rows, rows_of_step, score_texts,
+                     share)
 from cli import UserError, option, parse_config, run
 from generate import generate
 from model import (LanguageModel, ModelConfig, ScalarModel, count_params, flops_per_token, token_logprobs,
@@ -30,11 +32,12 @@ from model import (LanguageModel, ModelConfig, ScalarModel, count_params, flops_
 from optim import make_optimizer, set_lr
 from records import chat, check_messages, read_records, shown
 from tokenizer import Tokenizer
-from training import (RESUMABLE, MetricLog, NonFinite, Ranks, Stop, TrainingConfig, accumulate, at_least, autocast,
+from training import (RESUMABLE, MetricLog, NonFinite, Ranks, Stop, TrainingConfig, accumulate, at_least,
+                      autocast,
                       check, clip_and_step, draw_seed, loss_scaler, lr_at, matmul_peak, start_ranks, wrap)
 
 PRESETS = {
-    "demo": dict(batch_size=128, max_steps=60, learning_rate=3e-4, save_every=20, response_length=48),
+    "demo": dict(batch_size=64, max_steps=30, learning_rate=3e-4, save_every=10, response_length=48),
     "smoke": dict(batch_size=8, max_steps=3, num_ppo_epochs=2, response_length=8, save_every=2, log_every=1),
 }
 
@@ -44,8 +47,8 @@ class PPOConfig(TrainingConfig):
     """PPO against a reward model or a function."""
     data: str = option("", "prompts, .jsonl: {id, messages}")
     reward_model: str = option("", "run or checkpoint of reward.py; also the value model's start")
-    reward_fn: str = option("", "FILE.py:NAME of NAME(prompts, replies) -> list of scores, lists of texts; it "
-                                "takes the place of the reward model's score")
+    reward_fn: str = option("", "FILE.py:NAME of NAME(prompts, replies) -> list of scores, lists of texts; "
+                                "it takes the place of the reward model's score")
     force: bool = option(False, "go on with a reward model that failed its gate")
     out_dir: str = option("out/ppo", "where checkpoints and log.jsonl go")
     max_steps: int = option(100, "updates; one is a batch of replies and all that is learnt from it")
@@ -55,9 +58,11 @@ class PPOConfig(TrainingConfig):
     response_length: int = option(48, "tokens a reply, at most")
     temperature: float = option(1.0, "of sampling and of every log-probability")
     kl_coef: float = option(0.1, "reward taken away per nat of KL from the reference")
-    kl_target: float = option(0.0, "nats a reply at which an adaptive kl_coef aims (Ziegler et al. 2019); 0 = fixed")
+    kl_target: float = option(0.0, "nats a reply at which an adaptive kl_coef aims (Ziegler et al. 2019); 0 "
+                                   "= fixed")
     kl_horizon: int = option(10_000, "replies over which the adaptive kl_coef moves")
-    kl_stop: float = option(0.0, "end an update's passes when the policy has moved so many nats a token; 0 = never")
+    kl_stop: float = option(0.0, "end an update's passes when the policy has moved so many nats a token; 0 = "
+                                 "never")
     missing_eos_penalty: float = option(1.0, "taken from the score of a reply that did not end by itself")
     whiten_rewards: bool = option(False, "divide the rewards by their standard deviation")
     gamma: float = option(1.0, "discount a token")
@@ -69,16 +74,16 @@ class PPOConfig(TrainingConfig):
     ptx_coef: float = option(0.0, "weight of the pretraining loss mixed in (PPO-ptx); needs --ptx_data_dir")
     ptx_data_dir: str = option("", "token shards for it, from python -m data.prepare")
     optimizer: str = option("adamw", "adam, adamw, muon, lamb or lars")
-    learning_rate: float = option(3e-4, "peak, of policy and value model; 3e-4 suits 0.5M parameters, 1e-4 10M, "
-                                        "3e-5 30M")
+    learning_rate: float = option(3e-4, "peak, of policy and value model; 3e-4 suits 0.5M parameters, 1e-4 "
+                                        "10M, 3e-5 30M")
     schedule: str = option("linear", "after warmup: cosine, linear, polynomial, wsd or constant")
     warmup_steps: int = option(2, "updates of linear warmup")
     min_lr: float = option(0.0, "floor of the schedule, as a share of learning_rate")
     weight_decay: float = option(0.0, "decoupled (coupled for adam and lars), on matrices only")
     eps: float = option(1e-5, "added to the root of the squared gradient's mean")
     log_every: int = option(1, "updates between lines on the terminal; log.jsonl has every one")
-    compile: bool = option(False, "torch.compile the trained forward; every length is compiled anew, so it pays on "
-                                  "long runs only")
+    compile: bool = option(False, "torch.compile the trained forward; every length is compiled anew, so it "
+                                  "pays on long runs only")
 
 
 # ---- the parts of the paper: pure functions, no model inside
@@ -104,8 +109,8 @@ def whiten(x, mask, shift_mean=True):
 def kl_estimate(logprobs, ref_logprobs, kind):
     """KL(policy, reference) a token, estimated at tokens of the policy (Schulman 2020), nats.
 
-    With d = logprobs - ref_logprobs: k1 = d, unbiased, what the reward takes; k2 = d^2 / 2, whose gradient as a
-    loss is that of the KL; k3 = exp(-d) - 1 + d, unbiased and never negative, for the log.
+    With d = logprobs - ref_logprobs: k1 = d, unbiased, what the reward takes; k2 = d^2 / 2, whose gradient
+    as a loss is that of the KL; k3 = exp(-d) - 1 + d, unbiased and never negative, for the log.
     """
     d = logprobs - ref_logprobs
     return {"k1": lambda: d, "k2": lambda: d ** 2 / 2, "k3": lambda: torch.expm1(-d) + d}[kind]()
@@ -135,14 +140,14 @@ def compute_gae(rewards, values, mask, gamma, lam):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange):
-    """Sum of -min(ratio A, clip(ratio) A) over the tokens (Schulman et al. 2017, eq. 7), count, clipped tokens."""
+    """Sum of -min(ratio A, clip(ratio) A) (Schulman et al. 2017, eq. 7), count, clipped tokens."""
     ratio = (logprobs - old_logprobs).exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return (torch.max(plain, clipped) * mask).sum(), mask.sum(), ((clipped > plain) * mask).sum()
 
 
 def value_loss(values, old_values, returns, mask, cliprange_value):
-    """Sum of 0.5 max((v - R)^2, (v_clipped - R)^2) over the tokens, and their count; cliprange_value 0 = no clip."""
+    """Sum of 0.5 max((v - R)^2, (v_clipped - R)^2), and the count; cliprange_value 0 = no clip."""
     error = (values - returns) ** 2
     if cliprange_value:
         near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
@@ -163,7 +168,7 @@ class AdaptiveKL:
         self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
 
     def update(self, kl, n):
-        """After n replies of mean KL `kl`: up if it is above the target, down below; a fifth of n/horizon at most."""
+        """After n replies of mean KL `kl`: up if above the target, else down, at most by 0.2 n / horizon."""
         error = min(0.2, max(-0.2, kl / self.target - 1))
         self.kl_coef *= 1 + error * n / self.horizon
 
@@ -178,7 +183,7 @@ class ActorCritic(nn.Module):
         self.policy, self.value_model = policy, value_model
 
     def forward(self, ids, starts, R, temperature, ptx=None):
-        """(logits (B, R, V) divided by temperature, logprobs, values (B, R), (sum, count) of the ptx loss or None).
+        """(logits / temperature (B, R, V), logprobs, values (B, R), (sum, count) of the ptx loss or None).
 
         ids (B, T) prompt, reply, filled up on the right; starts (B,) where the reply begins. The value of a
         token is what the prompt and the reply before it promise.
@@ -189,10 +194,14 @@ class ActorCritic(nn.Module):
 
 
 def reply_logits(model, ids, starts, R, temperature):
-    """(logits / temperature (B, R, V), log-probs (B, R)) of the R tokens from `starts` (B,) on; the head reads only
-    these."""
+    """(logits / temperature (B, R, V), log-probs (B, R)) of the R tokens from `starts` (B,) on.
+
+    The head reads only these.
+    """
     stream = gather(model.model(ids), starts, R)                                # (B, R + 1, D)
-    logits = model.head(stream).float() / temperature
+    logits = model.head(stream).float()
+    if temperature != 1:
+        logits = logits / temperature
     return logits[:, :-1], token_logprobs(logits, gather(ids, starts, R))
 
 
@@ -209,18 +218,21 @@ def print_log(step, tokens, seconds, metrics):
     print(f"update {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
 
 
-def train(config, policy, reference, value_model, prompts, score, eos_id, log=print_log, ranks=Ranks(), begin=None,
+def train(config, policy, reference, value_model, prompts, score, eos_id, log=print_log, ranks=Ranks(),
+          begin=None,
           keep=None, ptx=None):
     """Train the policy (and the value model) in place; returns the policy.
 
     Args:
         prompts: lists of ids. score: score(prompts, responses) -> (B,) on lists of id lists.
-        log: log(update, tokens, seconds, metrics). begin: begin(module, optimizer, scaler) -> state to go on from.
+        log: log(update, tokens, seconds, metrics). begin: begin(module, optimizer, scaler) -> state to go on
+            from.
         keep: keep(state, optimizer, scaler, metrics) -> whether to stop. ptx: (Shards, seq_len) to mix in.
     """
     micro_batch_size = checked(config, policy, prompts, ranks)
     both = ActorCritic(policy, value_model)
-    optimizer = make_optimizer(config.optimizer, both, config.learning_rate, config.beta1, config.beta2, config.eps,
+    optimizer = make_optimizer(config.optimizer, both, config.learning_rate, config.beta1, config.beta2,
+                               config.eps,
                                config.weight_decay)
     scaler, forward, watch = loss_scaler(ranks), wrap(both, config, ranks), NonFinite()
     state = {"step": 0, "tokens": 0, "kl_coef": config.kl_coef}
@@ -247,7 +259,8 @@ def train(config, policy, reference, value_model, prompts, score, eos_id, log=pr
         advantages, returns = compute_gae(rewards, batch["old_values"], mask, config.gamma, config.lam)
         batch |= {"advantages": whiten(advantages, mask), "returns": returns}
         # 4. Learn: a few passes of clipped steps.
-        learnt = learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, update, ranks, ptx, watch)
+        learnt = learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, update, ranks, ptx,
+                       watch)
         # 5. Say so; keep it.
         metrics = measure(batch, scores, replies, eos_id) | learnt | {"kl_coef": controller.kl_coef, "lr": lr}
         if config.kl_target:
@@ -266,7 +279,8 @@ def train(config, policy, reference, value_model, prompts, score, eos_id, log=pr
 
 def checked(config, policy, prompts, ranks):
     """Refuse what cannot work before anything is sampled; returns the micro-batch size."""
-    at_least(0, config, "kl_target", "kl_stop", "missing_eos_penalty", "cliprange_value", "vf_coef", "entropy_coef",
+    at_least(0, config, "kl_target", "kl_stop", "missing_eos_penalty", "cliprange_value", "vf_coef",
+             "entropy_coef",
              "ptx_coef")
     at_least(1, config, "num_ppo_epochs", "num_mini_batches", "response_length", "kl_horizon")
     for name, good, wanted in (("temperature", config.temperature > 0, "above 0"),
@@ -284,13 +298,14 @@ def checked(config, policy, prompts, ranks):
         raise UserError("there are no prompts; give at least one")
     longest, room = max(map(len, prompts)), policy.config.max_seq_len - config.response_length
     if longest > room:
-        raise UserError(f"a prompt of {longest} tokens leaves no room for response_length {config.response_length} in "
-                        f"max_seq_len {policy.config.max_seq_len}; shorten prompts or --response_length to fit")
+        raise UserError(f"a prompt of {longest} tokens leaves no room for response_length "
+                        f"{config.response_length} in max_seq_len {policy.config.max_seq_len}; shorten "
+                        f"prompts or --response_length to fit")
     return check(replace(config, batch_size=config.batch_size // config.num_mini_batches), ranks)
 
 
 def act(policy, prompts, eos_id, config, update, ranks):
-    """A reply to each prompt, lists of ids up to and including EOS, sampled from exactly the policy's softmax."""
+    """A reply to each prompt, ids up to and including EOS, sampled from exactly the policy's softmax."""
     numbers = share(range(len(prompts)), ranks.rank, ranks.world_size)
     seeds = [draw_seed(config.seed, "rollout", update << 32 | i) for i in numbers]
     with autocast(ranks):
@@ -308,24 +323,27 @@ def fill(prompts, replies, eos_id, device):
     R, T = max(map(len, replies)), max(len(p) + len(r) for p, r in zip(prompts, replies))
     ids = torch.tensor([[*p, *r] + [eos_id] * (T - len(p) - len(r)) for p, r in zip(prompts, replies)])
     reply_ids = torch.tensor([[*r] + [eos_id] * (R - len(r)) for r in replies])
-    found = {"ids": ids, "starts": torch.tensor([len(p) for p in prompts]), "mask": response_mask(reply_ids, eos_id)}
+    found = {"ids": ids, "starts": torch.tensor([len(p) for p in prompts]),
+             "mask": response_mask(reply_ids, eos_id)}
     return {name: x.to(device) for name, x in found.items()}
 
 
 def judged(score, prompts, replies, eos_id, config, ranks):
-    """Scores (B,) fp32 on the device, less the penalty of replies that did not end; refuses what is no score."""
+    """Scores (B,) fp32, less the penalty of replies that did not end; refuses what is no score."""
     mine = [share(x, ranks.rank, ranks.world_size) for x in (prompts, replies)]
     try:
         found = torch.as_tensor(score(*mine), dtype=torch.float32)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the reward function failed with {type(error).__name__}: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        raise UserError(f"the reward function failed with {type(error).__name__}: {said}") from error
     if found.shape != (len(mine[1]),):
-        raise UserError(f"the reward function gave shape {tuple(found.shape)} for {len(mine[1])} replies; it must give "
-                        "one number for each")
+        raise UserError(f"the reward function gave shape {tuple(found.shape)} for {len(mine[1])} replies; it "
+                        f"must give one number for each")
     if not found.isfinite().all():
-        raise UserError(f"the reward function gave {found[~found.isfinite()][0].item()} for a reply; scores must be finite")
+        raise UserError(f"the reward function gave {found[~found.isfinite()][0].item()} for a reply; scores "
+                        f"must be finite")
     whole = torch.zeros(len(replies), device=ranks.device)
     start = ranks.rank * len(replies) // ranks.world_size
     whole[start:start + len(found)] = found.to(ranks.device)
@@ -335,13 +353,14 @@ def judged(score, prompts, replies, eos_id, config, ranks):
 
 def order(config, update, epoch, device):
     """The rows of each minibatch of a pass, (num_mini_batches, b)."""
-    shuffled = draws(config.seed, "minibatches", update << 16 | epoch, config.batch_size).argsort(kind="stable")
+    shuffled = draws(config.seed, "minibatches", update << 16 | epoch,
+                     config.batch_size).argsort(kind="stable")
     return torch.from_numpy(shuffled).view(config.num_mini_batches, -1).to(device)
 
 
 @torch.no_grad()
 def think(forward, reference, batch, minibatches, micro_batch_size, config, ranks):
-    """Log-probs, entropies and values of the replies before learning, and the reference's log-probs, all (B, R).
+    """Log-probs, entropies, values of the replies before learning, the reference's log-probs, all (B, R).
 
     In the micro-batches of the first pass, so that its first ratio is exactly 1: another shape would round
     otherwise.
@@ -376,7 +395,8 @@ def learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, upd
             parts += pretraining_rows(ptx, config, step, len(rows), ranks) if ptx else []
             stats = torch.zeros(5, device=ranks.device)     # policy, value, clipped, k3, largest ratio
             optimizer.zero_grad()
-            accumulate(forward, loss_function(config, R, n_tokens, stats), parts, micro_batch_size, n_tokens, ranks,
+            accumulate(forward, loss_function(config, R, n_tokens, stats), parts, micro_batch_size, n_tokens,
+                       ranks,
                        scaler, config.seed, step)
             largest = stats[4].clone()
             if ranks.world_size > 1:
@@ -386,7 +406,7 @@ def learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, upd
             sums[:4] += means
             sums[4] = torch.maximum(sums[4], largest)
             steps += 1
-            if config.kl_stop and means[3] > config.kl_stop:    # before the step: Adam's momentum would move on
+            if config.kl_stop and means[3] > config.kl_stop:    # before the step: momentum would move on
                 optimizer.zero_grad()
                 break
             norm = clip_and_step(optimizer, (p for g in optimizer.param_groups for p in g["params"]), scaler,
@@ -397,7 +417,8 @@ def learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, upd
         break
     names = "policy_loss", "value_loss", "clipfrac", "approx_kl"
     found = dict(zip(names, (sums[:4] / steps).tolist()))
-    return found | {"first_ratio": first, "ratio_max": sums[4].item(), "grad_norm": norm, "optimizer_steps": steps}
+    return found | {"first_ratio": first, "ratio_max": sums[4].item(), "grad_norm": norm,
+                    "optimizer_steps": steps}
 
 
 def loss_function(config, R, n_tokens, stats):
@@ -409,7 +430,7 @@ def loss_function(config, R, n_tokens, stats):
         total = policy + config.vf_coef * value
         if config.entropy_coef:                             # dear: one more softmax over the vocabulary
             total = total - config.entropy_coef * entropy(logits, mask)[0]
-        if mixed is not None:                               # its mean is over its own tokens, all rows being full
+        if mixed is not None:                               # a mean over its own tokens: all rows are full
             n_mixed = config.batch_size // config.num_mini_batches * ptx[0].shape[1]
             total = total + config.ptx_coef * mixed[0] * (n_tokens / n_mixed)
         with torch.no_grad():
@@ -442,38 +463,43 @@ def measure(batch, scores, replies, eos_id):
             "kl": kl.mean().item(), "kl_k3": k3.mean().item(),
             "kl_per_token": (kl.sum() / mask.sum()).item(),
             "kl_z": (kl.mean() / (kl.std() / len(kl) ** 0.5 + 1e-6)).item() if len(kl) > 1 else 0.0,
-            "surprise_z": (surprise.mean() / (surprise.std() / len(kl) ** 0.5 + 1e-6)).item() if len(kl) > 1 else 0.0,
+            "surprise_z": (surprise.mean() / (surprise.std() / len(kl) ** 0.5 + 1e-6)).item() if len(kl) > 1
+            else 0.0,
             "entropy": masked_mean(batch["entropies"], mask).item(), "length": mask.sum(1).mean().item(),
             "eos_rate": sum(reply[-1] == eos_id for reply in replies) / len(replies),
             "explained_variance": (1 - error / (spread + 1e-8)).item()}
 
 
 HEALTHY = [         # metric, lowest and highest healthy value, what it means outside and what to try
-    ("first_ratio", 0, 1e-4, "the first minibatch's ratio is off 1 by {:.2g}: its log-probs are not those of the same "
-                             "weights; look for dropout, or a forward that differs from the one before"),
-    ("surprise_z", -5, 5, "the replies are {:+.1f} standard errors likelier than the policy says: they were not sampled "
-                          "from it; look for another temperature, top-k or top-p (+), wrong positions or padding (-)"),
-    ("kl_z", -4, math.inf, "the KL is negative by {:.1f} standard errors, which no KL is: sampling and scoring differ"),
-    ("kl_per_token", -math.inf, 0.5, "KL {:.2f} nats a token: the policy has left the reference; raise kl_coef, or lower "
-                                     "learning_rate"),
-    ("approx_kl", -math.inf, 0.1, "one update moves the policy by {:.2g} nats a token; lower learning_rate or "
-                                  "num_ppo_epochs"),
-    ("clipfrac", -math.inf, 0.4, "{:.0%} of tokens are clipped: the steps are too long; lower learning_rate or "
-                                 "num_ppo_epochs"),
-    ("eos_rate", 0.5, math.inf, "only {:.0%} of replies end; does the SFT data teach the end, is response_length too "
-                                "short, is missing_eos_penalty on?"),
-    ("entropy", 0.02, math.inf, "entropy {:.2g} nats a token: the policy says the same always; raise kl_coef or "
-                                "entropy_coef, or lower learning_rate"),
-    ("score_std", 1e-3, math.inf, "all scores are equal (spread {:.1g}): the reward model tells nothing apart; was it "
-                                  "trained?"),
-    ("explained_variance", -1, math.inf, "the values explain {:.2f} of the returns, worse than a constant; lower "
-                                         "learning_rate or raise vf_coef"),
+    ("first_ratio", 0, 1e-4, "the first minibatch's ratio is off 1 by {:.2g}: its log-probs are not those of "
+                             "the same weights; look for dropout, or a forward that differs from the one "
+                             "before"),
+    ("surprise_z", -5, 5, "the replies are {:+.1f} standard errors likelier than the policy says: they were "
+                          "not sampled from it; look for another temperature, top-k or top-p (+), wrong "
+                          "positions or padding (-)"),
+    ("kl_z", -4, math.inf, "the KL is negative by {:.1f} standard errors, which no KL is: sampling and "
+                           "scoring differ"),
+    ("kl_per_token", -math.inf, 0.5, "KL {:.2f} nats a token: the policy has left the reference; raise "
+                                     "kl_coef, or lower learning_rate"),
+    ("approx_kl", -math.inf, 0.1, "one update moves the policy by {:.2g} nats a token; lower learning_rate "
+                                  "or num_ppo_epochs"),
+    ("clipfrac", -math.inf, 0.4, "{:.0%} of tokens are clipped: the steps are too long; lower learning_rate "
+                                 "or num_ppo_epochs"),
+    ("eos_rate", 0.5, math.inf, "only {:.0%} of replies end; does the SFT data teach the end, is "
+                                "response_length too short, is missing_eos_penalty on?"),
+    ("entropy", 0.02, math.inf, "entropy {:.2g} nats a token: the policy says the same always; raise kl_coef "
+                                "or entropy_coef, or lower learning_rate"),
+    ("score_std", 1e-3, math.inf, "all scores are equal (spread {:.1g}): the reward model tells nothing "
+                                  "apart; was it trained?"),
+    ("explained_variance", -1, math.inf, "the values explain {:.2f} of the returns, worse than a constant; "
+                                         "lower learning_rate or raise vf_coef"),
 ]
 
 
 def diagnose(metrics):
     """{metric: sentence} for every metric outside its healthy range."""
-    return {name: f"{name} {metrics[name]:.3g}: {text.format(metrics[name])}" for name, low, high, text in HEALTHY
+    return {name: f"{name} {metrics[name]:.3g}: {text.format(metrics[name])}" for name, low, high, text
+            in HEALTHY
             if not low <= metrics[name] <= high}
 
 
@@ -513,11 +539,12 @@ def main(config):
 
 
 def prepare(config, ranks):
-    """(policy, tokenizer, {"reference", "value_model", "prompts", "score", "ptx"}), checked before anything runs."""
+    """(policy, tokenizer, the other arguments of `train` by name), checked before anything runs."""
     if not config.init_from:
         raise UserError("--init_from is missing; name the SFT run or checkpoint to start from")
     if not config.reward_model:
-        raise UserError("--reward_model is missing; name a run of reward.py (with --reward_fn it is the value model)")
+        raise UserError("--reward_model is missing; name a run of reward.py (with --reward_fn it is the "
+                        "value model)")
     model_config, tokenizer = checkpoint.source(config, ranks.say)
     policy = LanguageModel(model_config).to(ranks.device)
     reference, *_ = checkpoint.load_model(config.init_from, ranks.device)
@@ -530,9 +557,10 @@ def prepare(config, ranks):
                         f"{config.init_from}; train it from that model")
     gate = record.get("reward")
     if not config.force and not config.reward_fn and not (gate and gate["passed"]):
-        why = f"{gate['metric']} {gate['value']:.3f}, low end {gate['low']:.3f}" if gate else "it was never judged"
-        raise UserError(f"--reward_model {config.reward_model} failed its gate ({why}): its score is within noise of "
-                        "chance; give it more or clearer judgements, or --force")
+        why = (f"{gate['metric']} {gate['value']:.3f}, low end {gate['low']:.3f}" if gate
+               else "it was never judged")
+        raise UserError(f"--reward_model {config.reward_model} failed its gate ({why}): its score is within "
+                        f"noise of chance; give it more or clearer judgements, or --force")
     value_model = ScalarModel(reward_model.config).to(ranks.device)
     value_model.load_state_dict(reward_model.state_dict())
     prompts, texts = read_prompts(config.data, tokenizer)
@@ -546,10 +574,12 @@ def prepare(config, ranks):
         check_tokenizer(ptx[0], tokenizer)
     n = count_params(model_config)["all"]
     longest = max(map(len, prompts)) + config.response_length
-    need = training_memory(model_config, config.micro_batch_size or config.batch_size // config.num_mini_batches
+    need = training_memory(model_config, config.micro_batch_size
+                           or config.batch_size // config.num_mini_batches
                            // ranks.world_size, longest)
-    ranks.say(f"{len(prompts):,} prompts; policy, value model, reference and reward model of {n:,} parameters each: "
-              f"about {(2 * sum(need.values()) + 2 * need['weights']) / 2 ** 20:,.0f} MiB; the log tells the time left")
+    ranks.say(f"{len(prompts):,} prompts; policy, value model, reference, judge: {n:,} parameters each; "
+              f"about {(2 * sum(need.values()) + 2 * need['weights']) / 2 ** 20:,.0f} MiB; the log tells the "
+              f"time left")
     return policy, tokenizer, {"reference": reference.requires_grad_(False), "value_model": value_model,
                                "prompts": prompts, "score": score, "ptx": ptx}
 
@@ -603,12 +633,13 @@ def function_score(spec, texts, tokenizer):
 
     def score(prompts, responses):
         return function([texts[tuple(prompt)] for prompt in prompts],
-                        [tokenizer.decode([id for id in ids if id < tokenizer.eot_id]).strip() for ids in responses])
+                        [tokenizer.decode([id for id in ids if id < tokenizer.eot_id]).strip() for ids
+                         in responses])
     return score
 
 
 def built_in(config, ranks):
-    """The config with a small untrained policy, a reward function's model and prompts filled in; for --smoke."""
+    """The config with small untrained models and prompts filled in; for --smoke."""
     directory = Path(config.out_dir) / "built_in"
     if ranks.is_main and not directory.exists():
         directory.mkdir(parents=True)

@@ -159,8 +159,10 @@ def outputs(prompt):
     """The reader of several replies, each with its rank, its score or both."""
     def tell(record):
         found = record["outputs"]
-        if not isinstance(found, list) or not all(isinstance(one, dict) and "response" in one for one in found):
-            raise UserError(f"outputs {shown(found)} is not a list of objects with response and score or rank")
+        if not isinstance(found, list) or not all(isinstance(one, dict) and "response" in one for one
+                                                  in found):
+            raise UserError(f"outputs {shown(found)} is not a list of objects with response and score or "
+                            f"rank")
         ranks, scores = ([one.get(key) for one in found] for key in ("rank", "score"))
         return Comparison(prompt(record), [text_of(one, "response") for one in found],
                           None if all(r is None for r in ranks) else ranks,
@@ -264,7 +266,7 @@ def read_weighted(spec):
 
 
 def weighted_records(spec, seed=0):
-    """Yield (where, record, copies) of "FILE[:WEIGHT],..."; weight 2.3: a record twice, three in ten thrice."""
+    """Yield (where, record, copies) of "FILE[:WEIGHT],..."; 2.3: a record twice, three in ten thrice."""
     for path, weight in read_weighted(spec):
         chance = iter(())
         for number, (where, record) in enumerate(read_records(path)):

@@ -36,7 +36,8 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
 
 PRESETS = {
     "demo": dict(batch_size=16, epochs=2, learning_rate=5e-4, warmup_steps=10, eval_every=50, save_every=100),
-    "smoke": dict(batch_size=8, epochs=0, max_steps=6, warmup_steps=2, eval_every=3, save_every=3, log_every=2,
+    "smoke": dict(batch_size=8, epochs=0, max_steps=6, warmup_steps=2, eval_every=3, save_every=3,
+                  log_every=2,
                   bootstrap=50),
 }
 WORDS = 2000                    # the most frequent ones, which the bag-of-words baseline sees
@@ -49,18 +50,20 @@ class RewardConfig(TrainingConfig):
     data: str = option("", "judged replies: FILE[:WEIGHT],...; pairs, triples, rankings or scores, mixed")
     val_data: str = option("", "judged replies to be held against; none = the prompts of --val_share")
     val_share: float = option(0.1, "of the prompts that are kept from training where there is no --val_data")
-    normalize_on: str = option("", "samples.jsonl of the SFT model, on whose replies the scores get mean 0 and "
-                                   "standard deviation 1; none = the training replies")
+    normalize_on: str = option("", "samples.jsonl of the SFT model, on whose replies the scores get mean 0 "
+                                   "and standard deviation 1; none = the training replies")
     score: str = option("", "train nothing; print the scores of the replies in this file")
     out_dir: str = option("out/reward", "where checkpoints, report.json and log.jsonl go")
     batch_size: int = option(16, "prompts an optimiser step, all ranks together")
     max_seq_len: int = option(0, "longest prompt and reply, tokens; 0 = the checkpoint's")
     dropout: float = option(0.0, "share of the embedding and of each block's outputs set to 0 in training")
     epochs: float = option(1.0, "times that the data is seen; it decides max_steps; 0 = as --max_steps says")
-    pair_coef: float = option(1.0, "weight of the comparisons: all pairs of a prompt with unequal ranks or scores")
+    pair_coef: float = option(1.0, "weight of the comparisons: all pairs of a prompt with unequal ranks or "
+                                   "scores")
     score_coef: float = option(0.0, "weight of the squared error on ratings, which are z-scored")
     max_comparisons: int = option(0, "learn from the first prompts that hold so many pairs; 0 = from all")
-    curve: str = option("", "before, learn from fewer comparisons, such as 200,1000, and tell what each reaches")
+    curve: str = option("", "before, learn from fewer comparisons, such as 200,1000, and tell what each "
+                            "reaches")
     bootstrap: int = option(1000, "resamplings of the prompts behind a 95% interval")
     skip_bad: bool = option(False, "count records that cannot be used and go on")
     optimizer: str = option("adamw", "adam, adamw, muon, lamb or lars")
@@ -71,8 +74,8 @@ class RewardConfig(TrainingConfig):
     min_lr: float = option(0.0, "floor of the schedule, as a share of learning_rate")
     weight_decay: float = option(0.0, "decoupled (coupled for adam and lars), on matrices only")
     eps: float = option(1e-5, "added to the root of the squared gradient's mean")
-    compile: bool = option(False, "torch.compile the trained forward; the number of rows changes by the step, "
-                                  "so it pays on long runs only")
+    compile: bool = option(False, "torch.compile the trained forward; the number of rows changes by the "
+                                  "step, so it pays on long runs only")
 
 
 def main(config):
@@ -138,7 +141,8 @@ def train(config, ranks):
                 normalize(model, data["normal"])
                 extra = {"reward": conclude(config, found, data, log, ranks)}
             if finished or stopped or (step + 1) % config.save_every == 0:
-                checkpoint.save_run("reward", config, model, optimizer, scaler, tokenizer, state, ranks, **extra)
+                checkpoint.save_run("reward", config, model, optimizer, scaler, tokenizer, state, ranks,
+                                    **extra)
             if stopped:
                 break
     ranks.say(f"{'done' if state['step'] >= config.max_steps else 'stopped (--resume goes on)'}: "
@@ -149,13 +153,13 @@ def train(config, ranks):
 # ---- losses
 
 def preference_loss(scores, ranks):
-    """Sum over prompts of -log sigmoid(better - worse), averaged over the pairs of each, and how many have any.
+    """Sum over prompts of the mean -log sigmoid(better - worse) of their pairs; how many have any.
 
     scores, ranks (N, K); rank 0 = best, -1 = no reply there; equal ranks are no pair. All pairs of a prompt
     together, one forward a reply: shuffled apart they overfit in an epoch (Ouyang et al. 2022, section 3.4).
     """
     there = (ranks >= 0)[:, :, None] & (ranks >= 0)[:, None, :]
-    pairs = (ranks[:, :, None] < ranks[:, None, :]) & there                     # (N, K, K): the first is better
+    pairs = (ranks[:, :, None] < ranks[:, None, :]) & there         # (N, K, K): the first is better
     losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :]) * pairs
     n_pairs = pairs.sum((1, 2))
     return (losses.sum((1, 2)) / n_pairs.clamp(min=1)).sum(), (n_pairs > 0).sum()
@@ -236,8 +240,9 @@ def read_prompts(spec, tokenizer, max_tokens, config, say=print):
                 raise UserError(f"{where}: {error}; --skip_bad leaves such records out") from None
             bad, first_bad = bad + 1, first_bad or f"{where}: {error}"
     prompts = list(found.values())
-    say(f"{spec}: {n_records:,} records, {len(prompts):,} prompts, {sum(len(p.ids) for p in prompts):,} replies, "
-        f"{sum(len(p.pairs()) for p in prompts):,} comparisons, {sum(len(p.scores) for p in prompts):,} scores"
+    say(f"{spec}: {n_records:,} records, {len(prompts):,} prompts, {sum(len(p.ids) for p in prompts):,} "
+        f"replies, {sum(len(p.pairs()) for p in prompts):,} comparisons, "
+        f"{sum(len(p.scores) for p in prompts):,} scores"
         + (f", {bad:,} bad records skipped (the first: {first_bad})" if bad else ""))
     if not prompts:
         raise UserError(f"{spec}: no judged replies in it")
@@ -251,7 +256,8 @@ def add_record(found, record, tokenizer, max_tokens, copies):
     replies = [[*tokenizer.encode(text.strip()), tokenizer.im_end_id] for text in comparison.replies]
     whole = [joined(asked, reply, max_tokens) for reply in replies]
     key = json.dumps(comparison.messages, ensure_ascii=False)
-    prompt = found.setdefault(key if comparison.messages else comparison.replies[0], Prompt([], [], [], [], []))
+    prompt = found.setdefault(key if comparison.messages else comparison.replies[0],
+                              Prompt([], [], [], [], []))
     places = []
     for text, ids, reply in zip(comparison.replies, whole, replies):
         if ids not in prompt.ids:
@@ -269,7 +275,7 @@ def add_record(found, record, tokenizer, max_tokens, copies):
 
 
 def open_data(config, model_config, tokenizer, ranks):
-    """{"train", "val": [Prompt], "scale": (mean, sd) of the ratings, "normal": texts}, and the config filled in."""
+    """({"train", "val": [Prompt], "scale": (mean, sd) of ratings, "normal": texts}, the config filled in)."""
     T = config.max_seq_len or model_config.max_seq_len
     found = read_prompts(config.data, tokenizer, T, config, ranks.say)
     if config.val_data:
@@ -319,10 +325,11 @@ def read_samples(path, tokenizer, max_tokens):
     for where, record in read_records(path):
         try:
             asked = tokenizer.encode_chat(record["messages"], add_generation_prompt=True)[0]
-            found += [joined(asked, [*tokenizer.encode(reply["text"].strip()), tokenizer.im_end_id], max_tokens)
+            found += [joined(asked, [*tokenizer.encode(reply["text"].strip()), tokenizer.im_end_id],
+                             max_tokens)
                       for reply in record["replies"]]
         except (KeyError, TypeError):
-            raise UserError(f"{where}: not a line of samples.jsonl; it is written by feedback.py sample") from None
+            raise UserError(f"{where}: not a line of samples.jsonl, written by feedback.py") from None
     if len(found) < 2:
         raise UserError(f"{path}: {len(found)} replies are too few to normalise on")
     return found
@@ -347,7 +354,8 @@ def judge(model, prompts, scale, n_bootstrap):
     raw = score_texts(model, texts) * model.score_std + model.score_mean
     by_prompt = [part.tolist() for part in raw.split([len(prompt.ids) for prompt in prompts])]
     found = {"length_correlation": pearson(raw.tolist(), [n for prompt in prompts for n in prompt.lengths])}
-    margins = [[scores[a] - scores[b] for a, b in prompt.pairs()] for prompt, scores in zip(prompts, by_prompt)]
+    margins = [[scores[a] - scores[b] for a, b in prompt.pairs()] for prompt, scores
+               in zip(prompts, by_prompt)]
     if any(margins):
         flat = torch.tensor([m for part in margins for m in part])
         found |= {"comparisons": len(flat), "accuracy": pairwise_accuracy(flat, -flat),
@@ -360,7 +368,8 @@ def judge(model, prompts, scale, n_bootstrap):
             right, lambda parts: float(np.mean([x for part in parts for x in part])), n_bootstrap)
     rated = [[(scores[i], score) for i, score in prompt.scores] for prompt, scores in zip(prompts, by_prompt)]
     if sum(map(len, rated)) > 2:
-        correlation = lambda parts: pearson(*zip(*(pair for part in parts for pair in part)))       # noqa: E731
+        correlation = lambda parts: pearson(*zip(*(pair for part in parts for pair
+                                                   in part)))       # noqa: E731
         found |= {"scores": sum(map(len, rated)), "pearson": correlation(rated),
                   "pearson_interval": interval95(rated, correlation, n_bootstrap)}
     return found
@@ -373,7 +382,7 @@ def calibration(margins):
 
 
 def interval95(parts, statistic, n_bootstrap):
-    """(low, high) by drawing whole prompts again, with replacement (Efron 1979): theirs are not independent."""
+    """(low, high) by drawing prompts with replacement (Efron 1979): pairs of one depend on each other."""
     parts = [part for part in parts if len(part)]
     if not n_bootstrap:
         return math.nan, math.nan
@@ -433,7 +442,8 @@ def conclude(config, found, data, log, ranks):
     """Say and write what the model is worth; returns the gate for config.json."""
     metric = "accuracy" if config.pair_coef and "accuracy" in found else "pearson"
     if metric not in found:
-        raise UserError("the validation prompts hold nothing to judge by; give --val_data or more --val_share")
+        raise UserError("the validation prompts hold nothing to judge by; give --val_data or more "
+                        "--val_share")
     chance = 0.5 if metric == "accuracy" else 0.0
     low = found[f"{metric}_interval"][0]
     gate = {"metric": metric, "value": found[metric], "low": low, "passed": bool(low > chance)}
@@ -453,22 +463,26 @@ def conclude(config, found, data, log, ranks):
 def verdict(found, gate, plain):
     """The result in words."""
     if not gate["passed"]:
-        return (f"verdict: not usable. {gate['metric']} {gate['value']:.3f} is within noise of chance (its 95% "
-                f"interval begins at {gate['low']:.3f}); more or clearer judgements are needed. ppo.py refuses it.")
-    text = f"verdict: usable. {gate['metric']} {gate['value']:.3f}, at least {gate['low']:.3f} with 95% confidence."
+        return (f"verdict: not usable. {gate['metric']} {gate['value']:.3f} is within noise of chance (its "
+                f"95% interval begins at {gate['low']:.3f}); more or clearer judgements are needed. ppo.py "
+                f"refuses it.")
+    text = (f"verdict: usable. {gate['metric']} {gate['value']:.3f}, at least {gate['low']:.3f} with 95% "
+            "confidence.")
     worse = [name.replace("_", " ") for name, value in plain.items() if value >= found.get("accuracy", 1)]
     if worse:
-        text += f" But {' and '.join(worse)} alone does as well: it has learnt little that is not on the surface."
+        text += f" But {' and '.join(worse)} alone does as well: it has learnt little below the surface."
     if abs(found["length_correlation"]) > 0.5:
         side = "longer" if found["length_correlation"] > 0 else "shorter"
-        text += f" It likes {side} replies (correlation {found['length_correlation']:.2f}): watch the length in PPO."
+        text += (f" It likes {side} replies (correlation {found['length_correlation']:.2f}): watch the length "
+                 "in PPO.")
     return text
 
 
 def told(found):
     """The numbers of `judge` in a line."""
     parts = [f"{k} {v:.4f}" for k, v in found.items() if isinstance(v, float)]
-    parts += [f"{k[:-9]} 95% interval {v[0]:.3f}-{v[1]:.3f}" for k, v in found.items() if k.endswith("_interval")]
+    parts += [f"{k[:-9]} 95% interval {v[0]:.3f}-{v[1]:.3f}" for k, v in found.items()
+              if k.endswith("_interval")]
     return "  ".join(parts)
 
 
@@ -478,7 +492,8 @@ def score_file(config, ranks):
     """Print {"where", "scores"} for every record of judged or plain replies of a file."""
     model, tokenizer, _ = checkpoint.load_model(config.init_from or config.out_dir, ranks.device)
     if not isinstance(model, ScalarModel):
-        raise UserError(f"--init_from {config.init_from} is no reward model; give the --out_dir of a reward.py run")
+        raise UserError(f"--init_from {config.init_from} is no reward model; give the --out_dir of a "
+                        f"reward.py run")
     for where, record in read_records(config.score):
         try:
             if isinstance(record, UserError):

@@ -18,7 +18,8 @@ import feedback
 from cli import UserError
 from data.gold import ASPECTS
 from data.instructions import InstructionsConfig, write_files
-from feedback import (CollectConfig, RateConfig, SampleConfig, SimulateConfig, agreement, append, check_rating,
+from feedback import (CollectConfig, RateConfig, SampleConfig, SimulateConfig, agreement, append,
+                      check_rating,
                       collect, judgement, rate, read_ratings, read_samples, sample, simulate)
 from generate import reply_logprobs
 from model import LanguageModel, ModelConfig
@@ -59,7 +60,8 @@ def world(tmp_path_factory):
 # ---- sample
 
 def test_samples_are_the_models_own(world, tmp_path, capsys):
-    config = SampleConfig(models=str(world / "model"), prompts=str(world / "prompts_train.jsonl"), limit=3, replies=4,
+    config = SampleConfig(models=str(world / "model"), prompts=str(world / "prompts_train.jsonl"), limit=3,
+                          replies=4,
                           out=str(tmp_path / "s.jsonl"), max_new_tokens=6, temperature=0.8, device="cpu")
     sample(config)
     model, tokenizer, _ = checkpoint.load_model(world / "model")
@@ -79,8 +81,10 @@ def test_samples_are_the_models_own(world, tmp_path, capsys):
 
 
 def test_equal_replies_are_dropped_and_models_answer_side_by_side(world, tmp_path):
-    config = SampleConfig(models=f"{world / 'model'},{world / 'model'}", prompts=str(world / "prompts_train.jsonl"),
-                          limit=2, replies=3, out=str(tmp_path / "s.jsonl"), max_new_tokens=4, temperature=0.0,
+    config = SampleConfig(models=f"{world / 'model'},{world / 'model'}",
+                          prompts=str(world / "prompts_train.jsonl"),
+                          limit=2, replies=3, out=str(tmp_path / "s.jsonl"), max_new_tokens=4,
+                          temperature=0.0,
                           device="cpu")
     sample(config)
     assert [len(one["replies"]) for one in read(config.out)] == [1, 1]          # greedy: all equal
@@ -103,7 +107,7 @@ def test_ranking_in_the_terminal_is_kept_at_once(world, tmp_path, capsys):
     out = capsys.readouterr().out
     for complaint in ("is not a ranking", "in the ranking 2 times", "skips reply", "there is no reply 4"):
         assert complaint in out
-    assert rate(config, answers("1>2>3")) == 1                                  # resumed with what was skipped
+    assert rate(config, answers("1>2>3")) == 1                          # resumed with what was skipped
     assert len({r["sample"] for r in read(config.out)}) == 4
 
 
@@ -179,7 +183,8 @@ def test_noise_is_bradley_terrys():
     """How often each pair comes out as gold says, over 4,000 opinions."""
     config, wins = SimulateConfig(temperature=0.8), dict.fromkeys(combinations(GOLD, 2), 0)
     for i in range(4000):
-        place = {id: k for k, tie in enumerate(feedback.opinion(MARKS, GOLD, 1, str(i), config)["ranking"]) for id in tie}
+        place = {id: k for k, tie in enumerate(feedback.opinion(MARKS, GOLD, 1, str(i), config)["ranking"])
+                 for id in tie}
         for a, b in wins:
             wins[a, b] += place[a] < place[b]
     for (a, b), n in wins.items():
@@ -188,7 +193,8 @@ def test_noise_is_bradley_terrys():
 
 
 def test_without_noise_equal_replies_tie():
-    assert feedback.opinion(MARKS, GOLD, 1, "x", SimulateConfig())["ranking"] == [["r0"], ["r1", "r2"], ["r3"]]
+    assert feedback.opinion(MARKS, GOLD, 1, "x", SimulateConfig())["ranking"] == [["r0"], ["r1", "r2"],
+                                                                                  ["r3"]]
     rubric = feedback.opinion(MARKS, GOLD, 1, "x", SimulateConfig(kind="rubric"))["scores"]
     assert rubric == MARKS
 
@@ -198,12 +204,14 @@ def test_annotators_have_habits_of_their_own():
     means = [sum(sum(m.values()) for m in feedback.opinion(MARKS, GOLD, n, "x", config)["scores"].values())
              for n in range(1, 12)]
     assert len(set(means)) > 4 and all(m == feedback.opinion(MARKS, GOLD, 3, "y", config)["scores"]["r0"]
-                                       for m in [feedback.opinion(MARKS, GOLD, 3, "z", config)["scores"]["r0"]])
+                                       for m in [feedback.opinion(MARKS, GOLD, 3, "z",
+                                                                  config)["scores"]["r0"]])
 
 
 def test_the_bayes_accuracy_is_that_of_gold(world, tmp_path, capsys):
     out = tmp_path / "r.jsonl"
-    config = SimulateConfig(str(world / "samples.jsonl"), str(world / "requests.jsonl"), str(out), annotators=30,
+    config = SimulateConfig(str(world / "samples.jsonl"), str(world / "requests.jsonl"), str(out),
+                            annotators=30,
                             temperature=0.7)
     simulate(config)
     said = float(capsys.readouterr().out.split("wins ")[1].split()[0])
@@ -212,7 +220,8 @@ def test_the_bayes_accuracy_is_that_of_gold(world, tmp_path, capsys):
     for rating in read(out):
         assert rating["annotator"].startswith("simulated-")
         texts = {r["id"]: r["text"] for r in samples[rating["sample"]]["replies"]}
-        gold = {id: sum(feedback.gold_marks(requests[rating["sample"]], text).values()) for id, text in texts.items()}
+        gold = {id: sum(feedback.gold_marks(requests[rating["sample"]], text).values()) for id, text
+                in texts.items()}
         place = {id: k for k, tie in enumerate(rating["ranking"]) for id in tie}
         for a, b in combinations(gold, 2):
             if gold[a] != gold[b]:
@@ -237,12 +246,15 @@ def marks(*values):
 
 @pytest.mark.parametrize("form, wanted", [
     ("rankings", [{"messages": SAMPLES[0]["messages"], "outputs": [
-        {"response": "answer 1", "rank": 1}, {"response": "answer 3", "rank": 2}, {"response": "answer 2", "rank": 2}]}]),
-    ("pairs", [{"messages": SAMPLES[0]["messages"], "chosen": "answer 1", "rejected": f"answer {i}"} for i in (3, 2)]),
+        {"response": "answer 1", "rank": 1}, {"response": "answer 3", "rank": 2},
+                                                                   {"response": "answer 2", "rank": 2}]}]),
+    ("pairs", [{"messages": SAMPLES[0]["messages"], "chosen": "answer 1", "rejected": f"answer {i}"} for i
+               in (3, 2)]),
     ("triples", [{"question": "Why?", "accepted": "answer 1", "rejected": f"answer {i}"} for i in (3, 2)])])
 def test_rankings_become_each_form(tmp_path, form, wanted):
     config = CollectConfig(write(tmp_path / "s.jsonl", SAMPLES),
-                           write(tmp_path / "r.jsonl", [rating([["r1"], ["r3", "r2"]])]), out=str(tmp_path / "o.jsonl"),
+                           write(tmp_path / "r.jsonl", [rating([["r1"], ["r3", "r2"]])]),
+                           out=str(tmp_path / "o.jsonl"),
                            form=form)
     collect(config)
     assert read(config.out) == wanted
@@ -252,7 +264,8 @@ def test_rankings_become_each_form(tmp_path, form, wanted):
 
 def test_rubrics_become_scores_and_comparisons(tmp_path):
     config = CollectConfig(write(tmp_path / "s.jsonl", SAMPLES),
-                           write(tmp_path / "r.jsonl", [rating(scores=marks(5, 2, 2))]), out=str(tmp_path / "o.jsonl"))
+                           write(tmp_path / "r.jsonl", [rating(scores=marks(5, 2, 2))]),
+                           out=str(tmp_path / "o.jsonl"))
     for form, n in (("scores", 1), ("pairs", 2), ("rankings", 1)):
         collect(CollectConfig(**vars(config) | {"form": form}))
         assert len(read(config.out)) == n
@@ -286,14 +299,21 @@ def test_agreement_is_counted_and_the_odd_rater_named():
 # ---- bad input
 
 @pytest.mark.parametrize("record, wrong", [
-    ({"annotator": "a", "kind": "ranking"}, "no 'sample'"), (rating([["r1"], ["r2"], ["r3"]], sample="s9"), "'s9' is not among"),
+    ({"annotator": "a", "kind": "ranking"}, "no 'sample'"), (rating([["r1"], ["r2"], ["r3"]], sample="s9"),
+                                                             "'s9' is not among"),
     (rating(kind="vote"), 'kind "vote" is unknown'), (rating(), "has no 'scores'"),
-    (rating([["r1"], ["r2"]]), "skips reply 'r3'"), (rating([["r1"], ["r9"], ["r2"]]), 'reply "r9" is unknown'),
-    (rating([["r1"], ["r1"], ["r2"]]), "in the ranking 2 times"), (rating([["r1"]], kind="choice"), "names 1 reply"),
-    (rating("r1", kind="ranking"), "is not a list of lists"), (rating([["r1"], []]), "is not a list of lists"),
-    (rating(scores={}), "is not an object of marks"), (rating(scores=marks(5, 6, 1)), "accuracy 6 of r2 is no mark"),
-    (rating(scores=marks(5, 0, 1)), "accuracy 0 of r2 is no mark"), (rating(scores=marks(5, "4", 1)), 'accuracy "4" of r2'),
-    (rating(scores={"r9": marks(1)["r1"]}), "'r9' is unknown"), (rating(scores={"r1": {"accuracy": 1}}), "marks of r1 are"),
+    (rating([["r1"], ["r2"]]), "skips reply 'r3'"), (rating([["r1"], ["r9"], ["r2"]]),
+                                                     'reply "r9" is unknown'),
+    (rating([["r1"], ["r1"], ["r2"]]), "in the ranking 2 times"), (rating([["r1"]], kind="choice"),
+                                                                   "names 1 reply"),
+    (rating("r1", kind="ranking"), "is not a list of lists"), (rating([["r1"], []]),
+                                                               "is not a list of lists"),
+    (rating(scores={}), "is not an object of marks"), (rating(scores=marks(5, 6, 1)),
+                                                       "accuracy 6 of r2 is no mark"),
+    (rating(scores=marks(5, 0, 1)), "accuracy 0 of r2 is no mark"), (rating(scores=marks(5, "4", 1)),
+                                                                     'accuracy "4" of r2'),
+    (rating(scores={"r9": marks(1)["r1"]}), "'r9' is unknown"), (rating(scores={"r1": {"accuracy": 1}}),
+                                                                 "marks of r1 are"),
 ])
 def test_a_bad_rating_is_named_with_its_line(tmp_path, record, wrong):
     samples = {s["id"]: s for s in SAMPLES}
@@ -307,17 +327,21 @@ def test_a_bad_rating_is_named_with_its_line(tmp_path, record, wrong):
 
 @pytest.mark.parametrize("command, changes, wrong", [
     (sample, dict(prompts=""), "holds no prompts"), (sample, dict(replies=0), "replies 0 must be at least 1"),
-    (sample, dict(models="nowhere"), "no usable checkpoint"), (sample, dict(max_new_tokens=250), "leaves no room for 250"),
-    (rate, dict(annotator=""), "--annotator is missing"), (rate, dict(annotator="simulated-1"), "for programs"),
+    (sample, dict(models="nowhere"), "no usable checkpoint"), (sample, dict(max_new_tokens=250),
+                                                               "leaves no room for 250"),
+    (rate, dict(annotator=""), "--annotator is missing"), (rate, dict(annotator="simulated-1"),
+                                                           "for programs"),
     (rate, dict(kind="stars"), "kind 'stars' is unknown"), (rate, dict(samples="none.jsonl"), "no such file"),
-    (simulate, dict(annotators=0), "annotators must be at least 1"), (simulate, dict(kind="x"), "kind 'x' is unknown"),
+    (simulate, dict(annotators=0), "annotators must be at least 1"), (simulate, dict(kind="x"),
+                                                                      "kind 'x' is unknown"),
     (simulate, dict(requests="none.jsonl"), "no such file"), (collect, dict(form="x"), "form 'x' is unknown"),
     (collect, dict(ratings=""), "give --samples and --ratings"),
 ])
 def test_bad_flags_are_one_line(world, tmp_path, command, changes, wrong):
     samples, requests = str(world / "samples.jsonl"), str(world / "requests.jsonl")
     ratings = write(tmp_path / "r.jsonl", [])
-    config = {sample: SampleConfig(str(world / "model"), str(world / "prompts_train.jsonl"), str(tmp_path / "s"),
+    config = {sample: SampleConfig(str(world / "model"), str(world / "prompts_train.jsonl"),
+                                   str(tmp_path / "s"),
                                    limit=2, device="cpu"),
               rate: RateConfig(samples, ratings, "ada"), simulate: SimulateConfig(samples, requests, ratings),
               collect: CollectConfig(samples, ratings, out=str(tmp_path / "o"))}[command]
@@ -327,14 +351,16 @@ def test_bad_flags_are_one_line(world, tmp_path, command, changes, wrong):
 
 
 def test_bad_samples_are_named(tmp_path):
-    for records, wrong in (([{"id": "1"}], "s.jsonl:1: not a sample"), (SAMPLES * 2, "s.jsonl:2: sample 's1' is there twice")):
+    for records, wrong in (([{"id": "1"}], "s.jsonl:1: not a sample"), (SAMPLES * 2,
+                                                                        "s.jsonl:2: sample 's1' is there "
+                                                                        "twice")):
         with pytest.raises(UserError, match=wrong):
             read_samples(write(tmp_path / "s.jsonl", records))
 
 
 def test_the_command_comes_first():
     with pytest.raises(UserError, match="command 'smaple' is unknown; use sample, rate, simulate, collect"):
-        feedback.main(["smaple"])
+        feedback.parse(["smaple"])
 
 
 def test_reply_logprobs_of_ragged_rows(world):

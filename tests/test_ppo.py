@@ -1,4 +1,4 @@
-"""PPO: each formula by hand, the first ratio, sampling as scored, ranks, resume, and the optimum known in closed form."""
+"""PPO: each formula by hand, the first ratio, ranks, resume, the doctor, and the optimum in closed form."""
 
 import json
 import math
@@ -46,7 +46,8 @@ def test_whitening_is_numpys_over_the_tokens():
     for shift, wanted in ((True, (inside - inside.mean()) / inside.std(correction=0)),
                           (False, inside.mean() + (inside - inside.mean()) / inside.std(correction=0))):
         got = whiten(x, MASK, shift)
-        torch.testing.assert_close(torch.cat([row[:n] for row, n in zip(got, LENGTHS)]), wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.cat([row[:n] for row, n in zip(got, LENGTHS)]), wanted, rtol=1e-6,
+                                   atol=0)
         assert (got * (1 - MASK)).abs().max() == 0
     assert masked_mean(x, MASK).item() == pytest.approx(inside.mean().item())
 
@@ -59,7 +60,8 @@ def test_gae_is_the_double_sum_of_the_paper(gamma, lam):
     garbage = torch.where(MASK.bool(), 0.0, float("nan")).double()          # nothing behind the EOS is read
     advantages, returns = compute_gae(rewards + garbage, values + garbage, MASK, gamma, lam)
     for b, n in enumerate(LENGTHS):
-        delta = [rewards[b, t] + (gamma * values[b, t + 1] if t + 1 < n else 0) - values[b, t] for t in range(n)]
+        delta = [rewards[b, t] + (gamma * values[b, t + 1] if t + 1 < n else 0) - values[b, t] for t
+                 in range(n)]
         for t in range(n):
             wanted = sum((gamma * lam) ** k * delta[t + k] for k in range(n - t))
             assert advantages[b, t].item() == pytest.approx(wanted.item(), abs=1e-12)
@@ -86,12 +88,14 @@ def test_gradient_at_ratio_one_is_the_policy_gradients():
     logprobs = logits.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
     total, count, clipped = policy_loss(logprobs, logprobs.detach(), advantages, MASK, 0.2)
     (total / count).backward()
-    wanted = -(advantages * MASK)[..., None] * (F.one_hot(actions, 5) - logits.detach().softmax(-1)) / sum(LENGTHS)
+    wanted = -(advantages * MASK)[..., None] * (F.one_hot(actions,
+                                                          5) - logits.detach().softmax(-1)) / sum(LENGTHS)
     torch.testing.assert_close(logits.grad, wanted, rtol=1e-12, atol=1e-14)
     assert count == sum(LENGTHS) and clipped == 0
 
 
-@pytest.mark.parametrize("ratio, advantage, moves", [(1.5, 1, False), (1.5, -1, True), (0.5, 1, True), (0.5, -1, False),
+@pytest.mark.parametrize("ratio, advantage, moves", [(1.5, 1, False), (1.5, -1, True), (0.5, 1, True),
+                                                     (0.5, -1, False),
                                                      (1.1, 1, True), (0.9, -1, True)])
 def test_clipping_stops_what_went_far_enough(ratio, advantage, moves):
     new = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
@@ -149,7 +153,7 @@ def test_adaptive_kl_follows_its_target():
 # ---- checks 5 to 8, on the toy
 
 def once(max_steps=1, seed=0, ranks=Ranks(), logs=None, **changes):
-    """An update or more of the real train on the toy; returns (policy, value model, metrics of each update)."""
+    """Updates of the real train on the toy; returns (policy, value model, metrics of each update)."""
     config = PPOConfig(**toy.CONFIG | dict(max_steps=max_steps, batch_size=32, seed=seed) | changes)
     policy, reference, value_model = toy.networks(seed)
     found = []
@@ -287,7 +291,8 @@ def sampled_otherwise(**options):
 
 
 @pytest.mark.parametrize("fault, expected", [
-    (dict(temperature=0.6), "surprise_z"), (dict(top_k=2), "surprise_z"), (dict(temperature=1.6), "surprise_z")])
+    (dict(temperature=0.6), "surprise_z"), (dict(top_k=2), "surprise_z"),
+                                             (dict(temperature=1.6), "surprise_z")])
 def test_the_doctor_sees_sampling_that_is_not_scored(fault, expected, monkeypatch):
     monkeypatch.setattr(ppo, "generate", sampled_otherwise(**fault))
     assert expected in complaints(once(2, batch_size=256)[2])
@@ -309,7 +314,8 @@ def test_the_doctor_sees_dropout(monkeypatch):
 
 
 def test_the_doctor_sees_prompts_at_the_wrong_place(monkeypatch):
-    shifted = lambda policy, prompts, *a, **k: generate(policy, [[4] for _ in prompts], *a, **k)        # noqa: E731
+    shifted = lambda policy, prompts, *a, **k: generate(policy, [[4] for _ in prompts], *a,
+                                                        **k)        # noqa: E731
     monkeypatch.setattr(ppo, "generate", shifted)
     policy_of = toy.networks
 
@@ -324,7 +330,8 @@ def test_the_doctor_sees_prompts_at_the_wrong_place(monkeypatch):
 
 
 @pytest.mark.parametrize("changes, expected", [
-    (dict(learning_rate=0.1, max_steps=4), "approx_kl"), (dict(kl_coef=0.0, max_steps=40, batch_size=128), "kl_per_token"),
+    (dict(learning_rate=0.1, max_steps=4), "approx_kl"), (dict(kl_coef=0.0, max_steps=40, batch_size=128),
+                                                          "kl_per_token"),
     (dict(score="constant"), "score_std")])
 def test_the_doctor_sees_bad_settings(changes, expected, monkeypatch):
     if changes.pop("score", ""):
@@ -370,7 +377,7 @@ def lines(out_dir):
 
 
 def test_a_resumed_run_is_the_unbroken_run(ready, tmp_path, monkeypatch):
-    """Broken off in the middle of an update, which is replayed from its start; the adaptive KL goes on, too."""
+    """Broken off inside an update, which is replayed from its start; the adaptive KL goes on, too."""
     settings = dict(max_steps=4, save_every=2, kl_target=1.0, kl_horizon=50)
     ppo.main(config_of(ready, tmp_path / "whole", **settings))
     taken, step = [], ppo.clip_and_step
@@ -402,15 +409,19 @@ GOOD = '{"id": "1", "messages": [{"role": "user", "content": "Say 1."}]}'
     (dict(data=['{"id": "1", "messages": [{"role": "assistant", "content": "x"}]}']), "not of user"),
     (dict(data=[GOOD, "{"]), "prompts.jsonl:2: not a JSON record"),
     (dict(response_length=60), "leaves no room for response_length 60"),
-    (dict(temperature=0.0), "temperature 0.0 must be above 0"), (dict(cliprange=0.0), "cliprange 0.0 must be"),
+    (dict(temperature=0.0), "temperature 0.0 must be above 0"), (dict(cliprange=0.0),
+                                                                 "cliprange 0.0 must be"),
     (dict(lam=1.5), "lam 1.5 must be"), (dict(gamma=-1.0), "gamma -1.0 must be"),
     (dict(num_mini_batches=3), "batch_size 8 is not a multiple of num_mini_batches 3"),
-    (dict(num_ppo_epochs=0), "num_ppo_epochs 0 must be at least 1"), (dict(vf_coef=-1.0), "vf_coef -1.0 must not"),
+    (dict(num_ppo_epochs=0), "num_ppo_epochs 0 must be at least 1"), (dict(vf_coef=-1.0),
+                                                                      "vf_coef -1.0 must not"),
     (dict(skip_steps="1-2"), "not for PPO"), (dict(force=False), "failed its gate .it was never judged"),
     (dict(ptx_coef=0.1), "without --ptx_data_dir"),
     (dict(reward_fn="nothing.py:score"), "no such file; give FILE.py:NAME"),
-    (dict(reward_fn="other"), "has no function other"), (dict(reward_fn="raises"), "failed with ZeroDivisionError"),
-    (dict(reward_fn="nan"), "gave nan for a reply"), (dict(reward_fn="short"), r"gave shape \(1,\) for 8 replies"),
+    (dict(reward_fn="other"), "has no function other"), (dict(reward_fn="raises"),
+                                                         "failed with ZeroDivisionError"),
+    (dict(reward_fn="nan"), "gave nan for a reply"), (dict(reward_fn="short"),
+                                                      r"gave shape \(1,\) for 8 replies"),
     (dict(reward_fn="words"), "the reward function failed with"),
     (dict(init_from="reward"), "are they exchanged"), (dict(reward_model="sft"), "are they exchanged"),
 ])
@@ -418,7 +429,8 @@ def test_bad_input_is_one_line(ready, tmp_path, changes, wrong):
     if isinstance(changes.get("data"), list):
         changes = {"data": write(tmp_path / "prompts.jsonl", *changes["data"])}
     if changes.get("reward_fn") and ".py" not in changes["reward_fn"]:
-        file = write(tmp_path / "mine.py", "raises = lambda p, r: 1 / 0", "nan = lambda p, r: [float('nan')] * len(r)",
+        file = write(tmp_path / "mine.py", "raises = lambda p, r: 1 / 0",
+                     "nan = lambda p, r: [float('nan')] * len(r)",
                      "short = lambda p, r: [1.0]", "words = lambda p, r: ['good'] * len(r)")
         changes = {"reward_fn": f"{file}:{changes['reward_fn']}"}
     for key, other in (("init_from", "reward_model"), ("reward_model", "init_from")):
@@ -433,7 +445,8 @@ def test_bad_input_is_one_line(ready, tmp_path, changes, wrong):
 def test_a_reward_function_that_fails_later_leaves_the_checkpoint_before(ready, tmp_path):
     file = write(tmp_path / "mine.py", "calls = []", "def score(prompts, replies):", "    calls.append(1)",
                  "    assert prompts[0].startswith('Say')",
-                 "    return [len(r) / 10 for r in replies] if len(calls) < 3 else [float('inf')] * len(replies)")
+                 "    return [len(r) / 10 for r in replies] if len(calls) < 3 else [float('inf')] * "
+                 "len(replies)")
     config = config_of(ready, tmp_path / "run", reward_fn=f"{file}:score", save_every=1)
     with pytest.raises(UserError, match="gave inf"):
         ppo.main(config)

@@ -38,7 +38,8 @@ def by_loop(scores, ranks):
     for row, places in zip(scores, ranks.tolist()):
         pairs = [(i, j) for i in range(len(places)) for j in range(len(places)) if 0 <= places[i] < places[j]]
         if pairs:
-            total, count = total + sum(-torch.log(1 / (1 + torch.exp(row[j] - row[i]))) for i, j in pairs) / len(pairs), count + 1
+            total, count = total + sum(-torch.log(1 / (1 + torch.exp(row[j] - row[i]))) for i, j
+                                       in pairs) / len(pairs), count + 1
     return total, count
 
 
@@ -59,7 +60,8 @@ def test_a_constant_added_to_a_prompts_scores_changes_nothing():
 def test_linear_scores_give_the_logistic_regression():
     """Check 4: Bradley-Terry on linear scores is logistic regression without intercept, solved by Newton."""
     x, truth = rand(300, 2, 3), torch.tensor([1.0, -2.0, 0.5]).double()
-    first = torch.rand(300, generator=torch.Generator().manual_seed(1)) < ((x[:, 0] - x[:, 1]) @ truth).sigmoid()
+    first = torch.rand(300, generator=torch.Generator().manual_seed(1)) < ((x[:, 0] - x[:,
+                                                                                        1]) @ truth).sigmoid()
     ranks = torch.stack([(~first).long(), first.long()], 1)
     weight = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS([weight], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15)
@@ -95,8 +97,9 @@ def test_pearson_and_calibration():
 
 
 def test_krippendorffs_alpha():
-    """His own example (Computing Krippendorff's Alpha-Reliability, 2011, section C): nominal 0.743, interval 0.849."""
-    table = ["1 2 3 3 2 1 4 1 2 . . .", "1 2 3 3 2 2 4 1 2 5 . 3", ". 3 3 3 2 3 4 2 2 5 1 .", "1 2 3 3 2 4 4 1 2 5 1 ."]
+    """His own example (Computing Krippendorff's Alpha-Reliability, 2011, section C)."""
+    table = ["1 2 3 3 2 1 4 1 2 . . .", "1 2 3 3 2 2 4 1 2 5 . 3", ". 3 3 3 2 3 4 2 2 5 1 .",
+             "1 2 3 3 2 4 4 1 2 5 1 ."]
     units = [[int(v) for v in column if v != "."] for column in zip(*(row.split() for row in table))]
     assert krippendorff_alpha(units, nominal) == pytest.approx(0.743, abs=5e-4)
     assert krippendorff_alpha(units, interval) == pytest.approx(0.849, abs=5e-4)
@@ -146,19 +149,23 @@ P = [{"role": "user", "content": "Why?"}]
     ({"prompt": "Why?", "chosen": "a", "rejected": "b"}, P, ["a", "b"], [0, 1], None),
     ({"messages": P, "chosen": "a", "rejected": "b"}, P, ["a", "b"], [0, 1], None),
     ({"prompt": P, "chosen": "a", "rejected": "b"}, P, ["a", "b"], [0, 1], None),
-    ({"instruction": "Why?", "input": "", "output": "x", "chosen": "a", "rejected": "b"}, P, ["a", "b"], [0, 1], None),
+    ({"instruction": "Why?", "input": "", "output": "x", "chosen": "a", "rejected": "b"}, P, ["a", "b"],
+     [0, 1], None),
     ({"instruction": "Why", "input": "so?", "chosen": "a", "rejected": "b"},
      [{"role": "user", "content": "Why\n\nso?"}], ["a", "b"], [0, 1], None),
     ({"question": "Why?", "accepted": "a", "rejected": "b"}, P, ["a", "b"], [0, 1], None),
-    ({"input": "Why?", "outputs": [{"response": "a", "score": 4}, {"response": "b", "score": 2.5}]}, P, ["a", "b"],
+    ({"input": "Why?", "outputs": [{"response": "a", "score": 4}, {"response": "b", "score": 2.5}]}, P,
+     ["a", "b"],
      None, [4, 2.5]),
-    ({"prompt": "Why?", "outputs": [{"response": "a", "rank": 2}, {"response": "b", "rank": 1}]}, P, ["a", "b"],
+    ({"prompt": "Why?", "outputs": [{"response": "a", "rank": 2}, {"response": "b", "rank": 1}]}, P,
+     ["a", "b"],
      [2, 1], None),
     ({"text": "fine", "score": -1.5}, [], ["fine"], None, [-1.5]),
     # The tutorial's three kinds of example: a fact, a sentiment, a recommendation, rated and ranked.
     ({"input": "Which is larger, Mars or the Earth?", "outputs": [
         {"response": "The Earth; Mars has about half its diameter.", "score": 5, "rank": 1},
-        {"response": "Mars.", "score": 3, "rank": 3}, {"response": "They are planets.", "score": 4, "rank": 2}]},
+        {"response": "Mars.", "score": 3, "rank": 3}, {"response": "They are planets.", "score": 4,
+                                                       "rank": 2}]},
      [{"role": "user", "content": "Which is larger, Mars or the Earth?"}],
      ["The Earth; Mars has about half its diameter.", "Mars.", "They are planets."], [1, 3, 2], [5, 3, 4]),
     ({"input": "Our train was late and the hotel was full. How do I feel?", "outputs": [
@@ -204,7 +211,8 @@ def ready(tmp_path_factory):
 
 
 def config_of(ready, out_dir, **changes):
-    return RewardConfig(**PRESETS["smoke"] | dict(data=ready.data, init_from=ready.init_from, out_dir=str(out_dir),
+    return RewardConfig(**PRESETS["smoke"] | dict(data=ready.data, init_from=ready.init_from,
+                                                  out_dir=str(out_dir),
                                                   dtype="fp32", device="cpu") | changes)
 
 
@@ -219,11 +227,13 @@ def gate_of(out_dir):
 
 def test_it_learns_what_people_prefer_and_passes(ready, tmp_path):
     data = write(tmp_path / "good.jsonl", rankings(150))
-    train(config_of(ready, tmp_path / "run", data=data, max_steps=40, learning_rate=3e-3, val_share=0.2), Ranks())
+    train(config_of(ready, tmp_path / "run", data=data, max_steps=40, learning_rate=3e-3, val_share=0.2),
+          Ranks())
     gate = gate_of(tmp_path / "run")
     assert gate["metric"] == "accuracy" and gate["value"] > 0.6 and gate["passed"] and gate["low"] > 0.5
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert {"accuracy", "log_loss", "calibration_error", "length_correlation", "by_margin", "baselines"} <= report.keys()
+    assert {"accuracy", "log_loss", "calibration_error", "length_correlation", "by_margin",
+            "baselines"} <= report.keys()
 
 
 def test_labels_at_random_teach_nothing_and_fail_the_gate(ready, tmp_path):
@@ -235,17 +245,20 @@ def test_labels_at_random_teach_nothing_and_fail_the_gate(ready, tmp_path):
 
 def test_normalisation_keeps_the_order(ready, tmp_path):
     model = train(config_of(ready, tmp_path / "run"), Ranks())
-    data, _ = reward.open_data(config_of(ready, tmp_path), *checkpoint.source(config_of(ready, tmp_path)), Ranks())
+    data, _ = reward.open_data(config_of(ready, tmp_path), *checkpoint.source(config_of(ready, tmp_path)),
+                               Ranks())
     scores = score_texts(model, data["normal"])
     raw = scores * model.score_std + model.score_mean
-    assert scores.mean().item() == pytest.approx(0, abs=1e-5) and scores.std().item() == pytest.approx(1, abs=1e-5)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-5) and scores.std().item() == pytest.approx(1,
+                                                                                                       abs=1e-5)
     assert scores.argsort().tolist() == raw.argsort().tolist() and model.score_std != 1
     kept, _, _ = checkpoint.load_model(tmp_path / "run")
     torch.testing.assert_close(score_texts(kept, data["normal"]), scores, rtol=0, atol=1e-6)
 
 
 def test_ratings_are_learnt_by_regression(ready, tmp_path):
-    records = [{"text": f"{word} and {other}", "score": 100 + 10 * i} for i, word in enumerate(WORDS) for other in WORDS]
+    records = [{"text": f"{word} and {other}", "score": 100 + 10 * i} for i, word in enumerate(WORDS)
+               for other in WORDS]
     config = config_of(ready, tmp_path / "run", data=write(tmp_path / "scores.jsonl", records), pair_coef=0.0,
                        score_coef=1.0, max_steps=60, learning_rate=3e-3, val_share=0.2)
     train(config, Ranks())
@@ -255,7 +268,8 @@ def test_ratings_are_learnt_by_regression(ready, tmp_path):
 
 def test_both_losses_add_up(ready, tmp_path):
     """The first step's loss, both weighed, is the sum of those of two runs, each with one."""
-    records = [{"input": f"Say {w} {i}", "outputs": [{"response": w, "score": 5}, {"response": "no", "score": 1 + i % 3}]}
+    records = [{"input": f"Say {w} {i}", "outputs": [{"response": w, "score": 5},
+                                                     {"response": "no", "score": 1 + i % 3}]}
                for w in WORDS for i in range(3)]
     data = write(tmp_path / "both.jsonl", records)
     for name, pair, score in ("pairs", 1.0, 0.0), ("scores", 0.0, 1.0), ("both", 2.0, 0.5):
@@ -296,11 +310,13 @@ def test_micro_batches_and_two_ranks_train_as_one(ready, tmp_path):
 def test_each_reply_is_read_once_and_pairs_of_it_are_one_prompt(ready, tmp_path):
     """A ranking of three and the same as three pairs: the same replies, comparisons and judged accuracy."""
     ranked = rankings(30)
-    pairs = [{"prompt": r["prompt"], "chosen": r["outputs"][a]["response"], "rejected": r["outputs"][b]["response"]}
+    pairs = [{"prompt": r["prompt"], "chosen": r["outputs"][a]["response"],
+              "rejected": r["outputs"][b]["response"]}
              for r in ranked for a, b in ((0, 1), (0, 2), (1, 2))]
     config = config_of(ready, tmp_path)
     _, tokenizer = checkpoint.source(config)
-    read = [list(reward.read_prompts(write(tmp_path / f"{n}.jsonl", records), tokenizer, 128, config, str).values())
+    read = [list(reward.read_prompts(write(tmp_path / f"{n}.jsonl", records), tokenizer, 128, config,
+                                     str).values())
             for n, records in (("ranked", ranked), ("pairs", pairs))]
     assert [p.ids for p in read[0]] == [p.ids for p in read[1]]
     assert [sorted(p.pairs()) for p in read[0]] == [sorted(p.pairs()) for p in read[1]]
@@ -309,7 +325,8 @@ def test_each_reply_is_read_once_and_pairs_of_it_are_one_prompt(ready, tmp_path)
 def test_baselines_see_length_and_words(ready, tmp_path):
     config = config_of(ready, tmp_path)
     _, tokenizer = checkpoint.source(config)
-    found = list(reward.read_prompts(write(tmp_path / "b.jsonl", rankings(80)), tokenizer, 128, config, str).values())
+    found = list(reward.read_prompts(write(tmp_path / "b.jsonl", rankings(80)), tokenizer, 128, config,
+                                     str).values())
     plain = baselines(found[:60], found[60:])
     assert 0.6 < plain["length"] <= 0.9 and plain["bag_of_words"] > 0.6
     assert baselines(found, []) == {}
@@ -317,7 +334,8 @@ def test_baselines_see_length_and_words(ready, tmp_path):
 
 def test_the_learning_curve_and_scores_of_a_file(ready, tmp_path, capsys):
     reward.main(config_of(ready, tmp_path / "run", curve="20,60", bootstrap=20))
-    sizes = [json.loads((tmp_path / f"run/curve/{n}/report.json").read_text())["comparisons"] for n in (20, 60)]
+    sizes = [json.loads((tmp_path / f"run/curve/{n}/report.json").read_text())["comparisons"] for n
+             in (20, 60)]
     assert sizes[0] == sizes[1]                                     # judged on the same prompts
     capsys.readouterr()
     file = tmp_path / "mixed.jsonl"
@@ -337,18 +355,21 @@ TWO = [{"response": "a", "rank": 1}, {"response": "b", "rank": 2}]
 
 @pytest.mark.parametrize("record, wrong", [
     ([1], "is not a record of judged replies"), ({"a": 1}, "in none of the formats of judged replies"),
-    ({"prompt": "x", "outputs": []}, "outputs is empty"), ({"prompt": "x", "outputs": "y"}, "is not a list of objects"),
+    ({"prompt": "x", "outputs": []}, "outputs is empty"), ({"prompt": "x", "outputs": "y"},
+                                                           "is not a list of objects"),
     ({"prompt": "x", "outputs": [{"rank": 1}]}, "is not a list of objects"),
     ({"prompt": "x", "outputs": [{"response": "a"}, {"response": "b"}]}, "neither rank nor score"),
     ({"prompt": "x", "outputs": TWO[:1]}, "one ranked reply has nothing to be compared with"),
-    ({"prompt": "x", "outputs": [TWO[0], {"response": "c"}]}, "rank null must be a number, one for every reply"),
+    ({"prompt": "x", "outputs": [TWO[0], {"response": "c"}]},
+     "rank null must be a number, one for every reply"),
     ({"prompt": "x", "outputs": [{"response": "a", "score": "5"}]}, 'score "5" must be a number'),
     ({"prompt": "x", "outputs": [{"response": "a", "score": True}]}, "score true must be a number"),
     ({"text": "x", "score": float("nan")}, "score NaN must be a number"),
     ({"prompt": "x", "chosen": "a", "rejected": "a"}, "all replies are equal"),
     ({"prompt": "x", "chosen": "a", "rejected": None}, "rejected null is a NoneType"),
     ({"messages": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}, "not of user"),
-    ({"messages": [*P, {"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}, "must end with one of"),
+    ({"messages": [*P, {"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"},
+     "must end with one of"),
     ({"prompt": "x", "chosen": "a " * 300, "rejected": "b"}, r"a reply of \d+ tokens does not fit"),
 ])
 def test_a_bad_record_is_one_line_with_its_place(ready, tmp_path, record, wrong):
@@ -379,7 +400,8 @@ def test_judging_is_done_pair_by_pair(ready, tmp_path):
     model_config, tokenizer = checkpoint.source(config)
     torch.manual_seed(0)
     model = ScalarModel(model_config)
-    found = list(reward.read_prompts(write(tmp_path / "r.jsonl", rankings(12)), tokenizer, 128, config, str).values())
+    found = list(reward.read_prompts(write(tmp_path / "r.jsonl", rankings(12)), tokenizer, 128, config,
+                                     str).values())
     margins = [model(torch.tensor([p.ids[a]]))[0, -1] - model(torch.tensor([p.ids[b]]))[0, -1]
                for p in found for a, b in p.pairs()]
     got = judge(model, found, (0.0, 1.0), 0)

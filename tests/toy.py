@@ -1,4 +1,4 @@
-"""A language of five tokens whose every reply can be listed, so that PPO's optimum is known in closed form."""
+"""A language of five tokens whose every reply can be listed: PPO's optimum is known in closed form."""
 
 from itertools import product
 
@@ -13,11 +13,13 @@ PROMPTS = [[1], [2, 3], [4, 1, 2], [3, 3, 1, 4]]
 # All that can be sampled: up to four tokens and EOS, or five without: 1,365.
 REPLIES = ([[*words, EOS] for n in range(LONGEST) for words in product(range(1, 5), repeat=n)]
            + [list(words) for words in product(range(1, 5), repeat=LONGEST)])
-SHAPE = ModelConfig(vocab_size=5, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, d_ff=64, max_seq_len=12, init="xavier",
+SHAPE = ModelConfig(vocab_size=5, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, d_ff=64, max_seq_len=12,
+                    init="xavier",
                     tie_embeddings=False)
 SCALE = 0.3
 CONFIG = dict(batch_size=256, num_mini_batches=2, num_ppo_epochs=4, response_length=LONGEST, kl_coef=0.2,
-              missing_eos_penalty=0.0, learning_rate=3e-3, max_steps=120, warmup_steps=2, compile=False, device="cpu",
+              missing_eos_penalty=0.0, learning_rate=3e-3, max_steps=120, warmup_steps=2, compile=False,
+              device="cpu",
               dtype="fp32")
 
 
