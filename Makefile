@@ -27,21 +27,86 @@ $(VENV)/.installed-extra: requirements-extra.txt $(VENV)/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extra.txt
 	touch $@
 
-TEXT := $(OUT)/text
 ifeq ($(SIZE),smoke)
+SFT_FLAGS := --max_seq_len 512
+PPO_FLAGS := --force
 MEGABYTES := 0.3
 VOCAB := 1024
+PROMPTS := 24
+JUDGED := 16
+EXAMPLES := 400
 endif
+PROMPTS ?= 600
+JUDGED ?= 200
+EXAMPLES ?= 12000
 
-# The chain so far: story world -> tokenizer -> shards -> pretraining -> tales of its own, judged by the grammar.
-demo: setup
+# The whole chain. Each stage is a plain command; its .done says that it is through, so a broken chain goes on where it
+# stopped, inside a training run from its last checkpoint.
+TEXT := $(OUT)/text
+ASKED := $(OUT)/instructions
+FEEDBACK := $(OUT)/feedback
+POLICY := $(OUT)/ppo
+
+# $(call stage,DIRECTORY,SCRIPT,FLAGS): train, or go on with what is there
+define stage
+if [ -d $(1)/checkpoints ]; then $(PY) $(2) --resume --out_dir $(1); \
+	else $(PY) $(2) --config $(SIZE) $(3) --out_dir $(1); fi
+touch $(1)/.done
+endef
+
+demo: setup $(OUT)/evaluation.json
+	$(PY) evaluate.py --runs "$(OUT)/*"
+	@echo 'Talk to it: $(PY) generate.py --model $(POLICY) --prompt "One sunny morning"'
+
+$(TEXT)/.done:
 	$(PY) -m data.world --out_dir $(TEXT) --megabytes $(MEGABYTES)
+	touch $@
+
+$(ASKED)/.done:
+	$(PY) -m data.instructions --out_dir $(ASKED) --examples $(EXAMPLES)
+	touch $@
+
+$(OUT)/tokenizer/.done: $(TEXT)/.done
 	$(PY) tokenizer.py --input $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt --vocab_size $(VOCAB) --out_dir $(OUT)/tokenizer
+	touch $@
+
+$(OUT)/data/.done: $(OUT)/tokenizer/.done
 	$(PY) -m data.prepare --input $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt --val_input $(TEXT)/val.en.txt,$(TEXT)/val.zh.txt \
 		--entropy_bound $(TEXT)/entropy_bound.json --tokenizer $(OUT)/tokenizer --out_dir $(OUT)/data
-	$(PY) pretrain.py --config $(SIZE) --data_dir $(OUT)/data --out_dir $(OUT)/pretrain
-	$(PY) generate.py --model $(OUT)/pretrain --samples 40 --max_new_tokens 240 --temperature 0.5 > $(OUT)/tales.txt
-	$(PY) -m data.world --recognise $(OUT)/tales.txt --tales 10
+	touch $@
+
+$(OUT)/pretrain/.done: $(OUT)/data/.done
+	$(call stage,$(OUT)/pretrain,pretrain.py,--data_dir $(OUT)/data)
+
+$(OUT)/tales.txt: $(OUT)/pretrain/.done
+	$(PY) generate.py --model $(OUT)/pretrain --samples 40 --max_new_tokens 240 --temperature 0.5 > $@.part
+	$(PY) -m data.world --recognise $@.part --tales 10
+	mv $@.part $@
+
+$(OUT)/sft/.done: $(OUT)/tales.txt $(ASKED)/.done
+	$(call stage,$(OUT)/sft,sft.py,--init_from $(OUT)/pretrain --data $(ASKED)/sft_train.jsonl \
+		--val_data $(ASKED)/sft_val.jsonl $(SFT_FLAGS))
+
+$(FEEDBACK)/samples.jsonl: $(OUT)/sft/.done
+	mkdir -p $(FEEDBACK)
+	$(PY) feedback.py sample --models $(OUT)/sft --prompts $(ASKED)/prompts_train.jsonl --limit $(PROMPTS) --out $@
+
+$(FEEDBACK)/rankings.jsonl: $(FEEDBACK)/samples.jsonl
+	$(PY) feedback.py simulate --samples $(FEEDBACK)/samples.jsonl --requests $(ASKED)/requests.jsonl \
+		--out $(FEEDBACK)/ratings.jsonl
+	$(PY) feedback.py collect --samples $(FEEDBACK)/samples.jsonl --ratings $(FEEDBACK)/ratings.jsonl --out $@
+
+$(OUT)/reward/.done: $(FEEDBACK)/rankings.jsonl
+	$(call stage,$(OUT)/reward,reward.py,--init_from $(OUT)/sft --data $(FEEDBACK)/rankings.jsonl \
+		--normalize_on $(FEEDBACK)/samples.jsonl)
+
+$(POLICY)/.done: $(OUT)/reward/.done
+	$(call stage,$(POLICY),ppo.py,--init_from $(OUT)/sft --reward_model $(OUT)/reward \
+		--data $(ASKED)/prompts_train.jsonl $(PPO_FLAGS))
+
+$(OUT)/evaluation.json: $(POLICY)/.done
+	$(PY) evaluate.py --models $(OUT)/sft,$(POLICY) --prompts $(ASKED)/prompts_val.jsonl --requests $(ASKED)/requests.jsonl \
+		--reward_model $(OUT)/reward --limit $(JUDGED) --max_new_tokens 48 --show 3 --out $@
 
 test: setup-extra
 	$(PY) -m pytest
