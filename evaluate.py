@@ -49,7 +49,7 @@ class EvaluateConfig:
                               "temperature 1; the first one is what the others are held against")
     reward_model: str = option("", "run of reward.py that scores those replies")
     best_of: int = option(0, "replies of the first model a prompt, for best-of-n; 0 = none")
-    show: int = option(0, "transcripts of each task and language to print")
+    show: int = option(0, "transcripts to print, of each task and language or of the prompts")
     out: str = option("", "also write everything, replies included, to this JSON file")
     runs: str = option("", 'instead, a table of runs: a pattern such as "out/*"')
     device: str = option("auto", "cpu, cuda, mps or auto")
@@ -239,9 +239,11 @@ def compare(config):
     examples = [record for _, record in read_records(config.prompts)][:config.limit or None]
     requests = read_requests(config.requests, examples)
     asked = [tokenizer.encode_chat(e["messages"], add_generation_prompt=True)[0] for e in examples]
-    rows, reference, base = [], None, None
+    rows, said, reference, base = [], [], None, None
     for name in models_of(config.models):
         model, own, _ = checkpoint.load_model(name, device)
+        if not isinstance(model, LanguageModel):
+            raise UserError(f"model {name} gives scores, not text; use one of pretrain, sft or ppo")
         if own.sha256 != tokenizer.sha256:
             raise UserError(f"model {name}: its tokenizer is not the reward model's; they cannot be compared")
         reference = reference or model
@@ -250,7 +252,11 @@ def compare(config):
         found["kl"] = divergence(model, reference, asked, replies)
         base = base or found
         rows.append({"model": name, **against(found, base)})
+        said.append(found["text"])
     print_table(rows)
+    for i, example in enumerate(examples[:config.show]):
+        print(f"--- {example['messages'][-1]['content']}")
+        print(*(f"{row['model']}: {texts[i]}" for row, texts in zip(rows, said)), sep="\n")
     curve = best_of(config, reference, asked, examples, requests, judge_model, tokenizer,
                     base) if config.best_of else []
     if curve:
@@ -282,11 +288,11 @@ def sampled(model, prompts, config, eos_id, draw=0):
 
 
 def judged(replies, prompts, examples, requests, judge_model, tokenizer):
-    """{"score", "gold", "length", "ended"}: a list over the replies each."""
+    """{"text", "score", "gold", "length", "ended"}: a list over the replies each."""
     eos, longest = tokenizer.im_end_id, judge_model.config.max_seq_len
     texts = [joined(p, r if r[-1] == eos else [*r, eos], longest) for p, r in zip(prompts, replies)]
     words = [tokenizer.decode([id for id in ids if id < tokenizer.eot_id]) for ids in replies]
-    return {"score": score_texts(judge_model, texts).tolist(),
+    return {"text": words, "score": score_texts(judge_model, texts).tolist(),
             "gold": [gold(requests[e["id"]], text) for e, text in zip(examples, words)],
             "length": [len(ids) for ids in replies], "ended": [ids[-1] == eos for ids in replies]}
 

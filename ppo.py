@@ -647,6 +647,7 @@ def built_in(config, ranks):
             f'{{"id": "{i}", "messages": [{{"role": "user", "content": "Say {i}."}}]}}\n' for i in range(16)))
         tokenizer = Tokenizer.train(["Say 1, 2, 3, 4, 5, 6, 7, 8, 9."], 300)
         shape = ModelConfig(tokenizer.vocab_size, d_model=64, n_layers=2, n_heads=4, d_ff=128, max_seq_len=64)
+        torch.manual_seed(config.seed)
         for stage, kind in (("sft", LanguageModel), ("reward", ScalarModel)):
             record = {"stage": stage, "config": vars(shape), "tokens": 0}
             checkpoint.save(directory / stage, 0, record, kind(shape).state_dict(), {}, tokenizer)

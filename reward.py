@@ -529,6 +529,7 @@ def built_in(config, ranks):
             {"response": "no", "rank": 3}]} for i in range(20) for word in ("hello", "yes", "now")]
         write_text(directory / "rankings.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         tokenizer = Tokenizer.train([json.dumps(record) for record in records], 300)
+        torch.manual_seed(config.seed)
         model = LanguageModel(ModelConfig(tokenizer.vocab_size, d_model=64, n_layers=2, n_heads=4, d_ff=128))
         checkpoint.save(directory / "model", 0, {"stage": "sft", "config": vars(model.config), "tokens": 0},
                         model.state_dict(), {}, tokenizer)

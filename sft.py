@@ -139,6 +139,7 @@ def built_in(config, ranks):
         write_files(InstructionsConfig(str(directory), examples=300, prompts=20))
         texts = (directory / "sft_train.jsonl").read_text(encoding="utf-8").splitlines()
         tokenizer = Tokenizer.train(texts, 512)
+        torch.manual_seed(config.seed)
         model = LanguageModel(ModelConfig(512, d_model=64, n_layers=2, n_heads=4, d_ff=128, max_seq_len=512))
         record = {"stage": "pretrain", "config": vars(model.config), "tokens": 0}
         checkpoint.save(directory / "model", 0, record, model.state_dict(), {}, tokenizer)

@@ -25,6 +25,8 @@ def rate(request, reply):
     if not text:
         return dict.fromkeys(ASPECTS, 1)
     found = Look(request, text)
+    if not found.judged:                            # a lone quotation mark is no sentence
+        return dict.fromkeys(ASPECTS, 1)
     marks = {"accuracy": accuracy(found), "relevance": relevance(found), "naturalness": naturalness(found),
              "concision": concision(found)}
     return {aspect: int(min(5, max(1, mark + 0.5))) for aspect, mark in marks.items()}

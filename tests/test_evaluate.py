@@ -1,7 +1,10 @@
 """Evaluation: replies, choices by log-probability by loops, numbers of known replies, bad files."""
 
 import json
+import math
+from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,8 +12,9 @@ import checkpoint
 import evaluate
 from cli import UserError
 from data.instructions import InstructionsConfig, write_files
-from evaluate import EvaluateConfig, answer, likeliest, read_examples, read_requests, runs_table, summary
-from model import LanguageModel, ModelConfig
+from evaluate import (EvaluateConfig, against, answer, best_of_n, compare, divergence, likeliest, read_examples,
+                      read_requests, runs_table, summary)
+from model import LanguageModel, ModelConfig, ScalarModel
 from tokenizer import Tokenizer
 
 
@@ -108,3 +112,61 @@ def test_a_missing_request_is_named(ready, tmp_path):
     (tmp_path / "r.jsonl").write_text("")
     with pytest.raises(UserError, match="no request for example"):
         read_requests(str(tmp_path / "r.jsonl"), [GOOD])
+
+
+# ---- policies against a reference
+
+def test_best_of_n_is_the_mean_over_all_choices():
+    scores, values = np.random.default_rng(0).normal(size=(2, 3, 6))
+    for n in (1, 2, 4, 6):
+        wanted = np.mean([[values[p][max(chosen, key=lambda i: scores[p][i])]
+                           for chosen in combinations(range(6), n)] for p in range(3)])
+        assert best_of_n(scores, values, n) == pytest.approx(wanted)
+
+
+def test_gold_at_equal_length_is_the_regressions():
+    """A policy that is 3 tokens longer and 0.5 better, where a token is worth 0.1: 0.2 is its own."""
+    lengths = np.arange(10, 50) % 17
+    base = {"gold": (1 + 0.1 * lengths).tolist(), "score": [0.0] * 40, "kl": [0.0] * 40, "ended": [True] * 40,
+            "length": lengths.tolist()}
+    found = base | {"gold": (1 + 0.1 * (lengths + 3) + 0.2).tolist(), "length": (lengths + 3).tolist(), "kl": [2.0] * 40}
+    row, unit = against(found, base), np.std(base["gold"])
+    assert row["gold_same_length"] * unit == pytest.approx(0.2) and row["gold_units"] * unit == pytest.approx(0.5)
+    assert row["win_rate"] == 1.0 and row["kl"] == 2.0 and against(base, base)["win_rate"] == 0.5
+
+
+def test_divergence_is_the_kl_of_enumeration(ready):
+    """Of one-token replies, all listed, weighed by the model's own probabilities."""
+    model, _, _ = checkpoint.load_model(ready / "model")
+    torch.manual_seed(3)
+    other = LanguageModel(model.config)
+    replies = [[i] for i in range(400)]
+    logp, ref = (m(torch.tensor([[1, 2, 3]]))[0, -1].log_softmax(-1).double() for m in (model, other))
+    k1 = torch.tensor(divergence(model, other, [[1, 2, 3]] * 400, replies), dtype=torch.float64)
+    assert (logp.exp() * k1).sum().item() == pytest.approx((logp.exp() * (logp - ref)).sum().item(), abs=1e-5)
+    assert divergence(model, model, [[1]], [[2]]) == [0.0]
+
+
+def test_a_model_against_itself_and_another(ready, tmp_path, capsys):
+    model, tokenizer, record = checkpoint.load_model(ready / "model")
+    torch.manual_seed(1)
+    for name, kind in (("other", LanguageModel), ("reward", ScalarModel)):
+        checkpoint.save(tmp_path / name, 1, {"stage": name, "config": record["config"], "tokens": 0},
+                        kind(model.config).state_dict(), {}, tokenizer)
+    config = EvaluateConfig(models=f"{ready / 'model'},{tmp_path}/oth*", prompts=str(ready / "prompts_val.jsonl"),
+                            requests=str(ready / "requests.jsonl"), reward_model=str(tmp_path / "reward"), limit=6,
+                            best_of=4, max_new_tokens=5, show=1, out=str(tmp_path / "o.json"), device="cpu")
+    evaluate.main(config)
+    found = json.loads((tmp_path / "o.json").read_text())
+    one, two = found["policies"]
+    assert one["kl"] == 0 and one["win_rate"] == 0.5 and one["n"] == 6 and two["model"].endswith("other")
+    assert [row["best_of"] for row in found["best_of"]] == [1, 2, 4]
+    scores = [row["score"] for row in found["best_of"]]
+    assert scores == sorted(scores) and found["best_of"][2]["kl"] == pytest.approx(math.log(4) - 3 / 4)
+    assert "other: " in capsys.readouterr().out
+    for changes, wrong in ((dict(requests=""), "needs --requests"), (dict(reward_model=""), "and --reward_model"),
+                           (dict(reward_model=str(ready / "model")), "is no reward model"),
+                           (dict(models=f"{tmp_path}/none*"), "nothing is there"),
+                           (dict(models=str(tmp_path / "reward")), "gives scores, not text")):
+        with pytest.raises(UserError, match=wrong):
+            compare(EvaluateConfig(**vars(config) | changes))

@@ -195,3 +195,13 @@ def test_demonstrations_leave_room_above_them(language):
     print(f"{language}: mean {np.mean(marks):.2f}, sd {np.std(marks):.2f}, perfect {share:.2f}, "
           f"ceiling {room:.2f} sd above")
     assert 0.05 < share < 0.3 and room > 1.2
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_reply_is_too_odd_to_be_marked(language):
+    """Untrained models say anything: a lone quotation mark once had no sentence to count."""
+    request = make_request(generator("odd", language), "tale", language, "train")
+    for text in ('"', "“", '""', "...", "\ufffd!", "。", "“”。", "\n.\n", "1. 2. 3.", '" " "'):
+        marks = rate(request, text)
+        assert set(marks) == set(ASPECTS) and all(1 <= mark <= 5 for mark in marks.values()), text
+        assert sum(marks.values()) < 14, (text, marks)

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 import cli
+import ppo
 import pretrain
 from test_errors import restore_process
+from training import Ranks
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py")])
@@ -260,6 +262,15 @@ def test_every_metric_of_pretraining_is_in_the_readme(tmp_path):
     written = {name for line in lines for name in json.loads(line)} - {"step", "time"}
     assert {"loss", "val_loss", "bits_per_byte_zh"} <= written
     assert written - explained == set()
+
+
+def test_every_metric_of_ppo_is_in_the_readme(tmp_path):
+    config = ppo.built_in(ppo.PPOConfig(out_dir=str(tmp_path), **ppo.PRESETS["smoke"] | {"max_steps": 1}), Ranks())
+    ppo.main(config)
+    restore_process()
+    written = {name for line in (tmp_path / "log.jsonl").read_text().splitlines() for name in json.loads(line)}
+    assert {"kl", "first_ratio"} <= written
+    assert written - {"step", "time"} - table_of_metrics(readme()) == set()
 
 
 def test_names_of_metrics_are_read_off_a_table():

@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from ppo import (AdaptiveKL, PPOConfig, compute_gae, diagnose, entropy, kl_estim
                  response_mask, token_rewards, value_loss, whiten)
 from ranks import on_ranks
 from training import Ranks
+
+ROOT = Path(__file__).parents[1]
 
 
 def rand(*shape, seed=0):
@@ -462,3 +467,25 @@ def test_another_tokenizer_is_refused(ready, tmp_path):
                     model.state_dict(), {}, Tokenizer.train(["quite other words, other words"], 262))
     with pytest.raises(UserError, match="its tokenizer is not that of --init_from"):
         ppo.main(config_of(ready, tmp_path / "run", reward_model=str(tmp_path / "reward")))
+
+
+@pytest.mark.full
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    """kill -9 between and inside updates; log and weights are those of the unbroken run."""
+    command = [sys.executable, "ppo.py", "--smoke", "--max_steps", "10", "--save_every", "2", "--device", "cpu"]
+    subprocess.run([*command, "--out_dir", str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
+    broken, log = [*command, "--out_dir", str(tmp_path / "broken")], tmp_path / "broken/log.jsonl"
+    for n in (3, 6, 9):
+        process = subprocess.Popen(broken, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < n):
+            time.sleep(0.002)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        broken = [sys.executable, "ppo.py", "--resume", "--out_dir", str(tmp_path / "broken")]
+    subprocess.run(broken, cwd=ROOT, check=True, capture_output=True)
+    assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
+    a, b = (torch.load(tmp_path / name / "checkpoints/00000010/training.pt", weights_only=True)
+            for name in ("whole", "broken"))
+    a, b = a["state"]["value_model"], b["state"]["value_model"]
+    assert all(torch.equal(a[name], b[name]) for name in a)

@@ -249,8 +249,8 @@ def test_normalisation_keeps_the_order(ready, tmp_path):
                                Ranks())
     scores = score_texts(model, data["normal"])
     raw = scores * model.score_std + model.score_mean
-    assert scores.mean().item() == pytest.approx(0, abs=1e-5) and scores.std().item() == pytest.approx(1,
-                                                                                                       abs=1e-5)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-5)
+    assert scores.std().item() == pytest.approx(1, abs=1e-5)
     assert scores.argsort().tolist() == raw.argsort().tolist() and model.score_std != 1
     kept, _, _ = checkpoint.load_model(tmp_path / "run")
     torch.testing.assert_close(score_texts(kept, data["normal"]), scores, rtol=0, atol=1e-6)
