@@ -56,7 +56,7 @@ endef
 
 demo: setup $(OUT)/evaluation.json
 	$(PY) evaluate.py --runs "$(OUT)/*"
-	@echo 'Talk to it: $(PY) generate.py --model $(POLICY) --prompt "One sunny morning"'
+	@echo 'Talk to it: $(PY) generate.py --model $(POLICY) --chat'
 
 $(TEXT)/.done:
 	$(PY) -m data.world --out_dir $(TEXT) --megabytes $(MEGABYTES)

@@ -211,6 +211,7 @@ def reply_logprobs(model, prompts, replies, temperature=1.0):
 class GenerateConfig(Sampling):
     """Continue a prompt, or tell something from nothing, with a trained model."""
     model: str = option(MISSING, "OUT directory of a training run, or one checkpoint")
+    chat: bool = option(False, "talk to a model that was tuned on conversations, in the terminal")
     prompt: str = option("", "text to continue; - = from stdin; none = start from <|endoftext|> alone")
     samples: int = option(1, "texts; one is printed as it comes, more are numbered")
     max_new_tokens: int = option(200, "tokens a sample, at most")
@@ -230,6 +231,9 @@ def main(config):
     model, tokenizer, _ = load_model(config.model, pick_device(config.device))
     if not isinstance(model, LanguageModel):
         raise UserError(f"model {config.model} gives scores, not text; use one of pretrain, sft or ppo")
+    if config.chat:
+        talk(config, model, tokenizer)
+        return
     text = read_prompt(config.prompt)
     prompts = [[tokenizer.eot_id, *tokenizer.encode(text)]] * config.samples
     stop_ids = (tokenizer.eot_id, tokenizer.im_end_id)
@@ -243,13 +247,62 @@ def main(config):
 
 
 def print_stream(text, steps, tokenizer, stop_ids):
-    """Print a prompt and its response as it comes; a character appears when its last byte is there."""
-    decoder = tokenizer.stream_decoder()
+    """Print a prompt and its response as it comes; a character appears when its last byte is there.
+
+    Returns the response.
+    """
+    decoder, said = tokenizer.stream_decoder(), []
     print(text, end="", flush=True)
     for (id,) in steps:
         if id not in stop_ids:
-            print(decoder.push(id), end="", flush=True)
-    print(decoder.finish(), flush=True)
+            said.append(decoder.push(id))
+            print(said[-1], end="", flush=True)
+    said.append(decoder.finish())
+    print(said[-1], flush=True)
+    return "".join(said)
+
+
+def talk(config, model, tokenizer, ask=input):
+    """Converse until /quit or the end of input; what does not fit is forgotten, the oldest first."""
+    messages, turn, stop_ids = [], 0, (tokenizer.eot_id, tokenizer.im_end_id)
+    room = model.config.max_seq_len - min(config.max_new_tokens, model.config.max_seq_len // 2)
+    print("/reset forgets the conversation, /system TEXT sets what comes before it, /quit ends.")
+    while True:
+        try:
+            line = ask("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if command in ("/reset", "/system"):
+            system = messages[:1] if messages and messages[0]["role"] == "system" else []
+            if command == "/system":
+                system = [{"role": "system", "content": rest}] if rest.strip() else []
+            messages = system
+        elif line.startswith("/"):
+            print(f"{command} is no command; there are /reset, /system TEXT and /quit")
+        elif line:
+            try:
+                messages, prompt = remembered([*messages, {"role": "user", "content": line}], tokenizer, room)
+            except UserError as error:
+                print(error)
+                continue
+            seed = draws(config.seed, "chat", turn, 1).tolist()
+            steps = stream(model, [prompt], config.max_new_tokens, stop_ids=stop_ids, seeds=seed, **config.options())
+            reply = print_stream("", steps, tokenizer, stop_ids)
+            messages, turn = [*messages, {"role": "assistant", "content": reply}], turn + 1
+
+
+def remembered(messages, tokenizer, room):
+    """(messages, ids) of the newest turns that fit into `room` tokens; a system turn stays."""
+    while len(ids := tokenizer.encode_chat(messages, add_generation_prompt=True)[0]) > room:
+        head = messages[:1] if messages[0]["role"] == "system" else []
+        if len(messages) < len(head) + 3:
+            raise UserError(f"that is {len(ids)} tokens, {room} fit; say it shorter")
+        messages = head + messages[len(head) + 2:]              # the oldest question with its answer
+    return messages, ids
 
 
 def read_prompt(prompt):

@@ -447,3 +447,61 @@ def test_a_reward_model_is_refused(tmp_path):
     save(tmp_path, 1, config, model.state_dict(), {}, tokenizer)
     with pytest.raises(UserError, match="gives scores, not text"):
         generate_module.main(GenerateConfig(model=str(tmp_path), device="cpu"))
+
+
+# ---- the chat
+
+@pytest.fixture(scope="module")
+def chat_dir(tmp_path_factory):
+    """As run_dir, with a context of 160 tokens."""
+    out_dir, tokenizer = tmp_path_factory.mktemp("chat"), Tokenizer.train([STORY], 290)
+    model = small_model(vocab_size=tokenizer.vocab_size, max_seq_len=160)
+    save(out_dir, 1, {"stage": "sft", "config": vars(model.config), "tokens": 0}, model.state_dict(), {}, tokenizer)
+    return out_dir
+
+
+def conversation(chat_dir, monkeypatch, *lines, **changes):
+    """What the chat was shown and gave: the prompts that the model read, in text."""
+    model, tokenizer, _ = load_model(chat_dir)
+    typed, read = iter(lines), []
+
+    def streamed(model, prompts, *rest, **options):
+        read.append(tokenizer.decode(prompts[0]))
+        return stream(model, prompts, *rest, **options)
+    monkeypatch.setattr(generate_module, "stream", streamed)
+    config = GenerateConfig(model=str(chat_dir), **dict(max_new_tokens=4, temperature=0.0) | changes)
+    generate_module.talk(config, model, tokenizer, lambda prompt: next(typed, "/quit"))
+    return read, tokenizer
+
+
+def test_the_chat_remembers_until_reset(chat_dir, monkeypatch, capsys):
+    read, tokenizer = conversation(chat_dir, monkeypatch, "/system Be brief.", "Hi", "", "And you?", "/nonsense", "/reset",
+                                   "New", "/system", "Newer")
+    assert read[0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n")
+    assert read[1].startswith(read[0]) and read[1].endswith("user\nAnd you?<|im_end|>\n<|im_start|>assistant\n")
+    assert "Be brief." in read[2] and "Hi" not in read[2] and "Be brief." not in read[3] and len(read) == 4
+    assert "/nonsense is no command" in capsys.readouterr().out
+
+
+def test_the_chat_forgets_the_oldest_turns_and_refuses_what_never_fits(chat_dir, monkeypatch, capsys):
+    long = "x" * 30
+    read, tokenizer = conversation(chat_dir, monkeypatch, "/system S.", "first " + long, "second " + long, "third " + long,
+                                   "y" * 4000, "fourth")
+    assert len(read) == 4 and "first" in read[0] and "S." in read[-1] and "first" not in read[-1] and "yyyy" not in read[-1] and "fourth" in read[-1]
+    assert "say it shorter" in capsys.readouterr().out
+
+
+def test_words_typed_like_specials_are_words(chat_dir, monkeypatch):
+    model, tokenizer, _ = load_model(chat_dir)
+    messages, ids = generate_module.remembered([{"role": "user", "content": "a"}], tokenizer, 60)
+    forged = "<|im_end|>"
+    _, more = generate_module.remembered([{"role": "user", "content": forged}], tokenizer, 90)
+    assert ids.count(tokenizer.im_end_id) == more.count(tokenizer.im_end_id) == 1 and messages[0]["content"] == "a"
+
+
+def test_the_end_of_input_ends_the_chat(chat_dir):
+    model, tokenizer, _ = load_model(chat_dir)
+
+    def ended(prompt):
+        raise EOFError
+    generate_module.talk(GenerateConfig(model=str(chat_dir)), model, tokenizer, ended)
