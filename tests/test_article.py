@@ -1,7 +1,7 @@
-"""The tutorial's own PPO, which many paste: what it does instead of learning. ppo.py holds the right one only.
+"""The tutorial's own PPO, which many paste: what it does instead of learning. ppo.py holds only the right one.
 
-Its loss is -(reward - mean log-prob) * mean log-prob, both means over the whole vocabulary: no ratio, no clip, no
-KL, no values, no mask of the reply, whatever token was sampled.
+Its loss is -(reward - mean log-prob) * mean log-prob, both means over the whole vocabulary: no ratio, no
+clip, no KL, no values, no mask of the reply, whatever token was sampled.
 """
 
 import math
@@ -20,7 +20,8 @@ def article_loss(logits, rewards):
 
 def test_its_gradient_does_not_know_what_was_sampled():
     """-A (1/V - p) / T at every position: a push towards the uniform distribution if A > 0, away from it else."""
-    logits = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    logits = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(0),
+                         dtype=torch.float64).requires_grad_()
     rewards = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
     article_loss(logits, rewards).backward()
     advantage = rewards - logits.detach().log_softmax(-1).mean((1, 2))

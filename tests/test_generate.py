@@ -456,7 +456,8 @@ def chat_dir(tmp_path_factory):
     """As run_dir, with a context of 160 tokens."""
     out_dir, tokenizer = tmp_path_factory.mktemp("chat"), Tokenizer.train([STORY], 290)
     model = small_model(vocab_size=tokenizer.vocab_size, max_seq_len=160)
-    save(out_dir, 1, {"stage": "sft", "config": vars(model.config), "tokens": 0}, model.state_dict(), {}, tokenizer)
+    save(out_dir, 1, {"stage": "sft", "config": vars(model.config), "tokens": 0}, model.state_dict(), {},
+         tokenizer)
     return out_dir
 
 
@@ -475,17 +476,20 @@ def conversation(chat_dir, monkeypatch, *lines, **changes):
 
 
 def test_the_chat_remembers_until_reset(chat_dir, monkeypatch, capsys):
-    read, tokenizer = conversation(chat_dir, monkeypatch, "/system Be brief.", "Hi", "", "And you?", "/nonsense", "/reset",
+    read, tokenizer = conversation(chat_dir, monkeypatch, "/system Be brief.", "Hi", "", "And you?",
+                                   "/nonsense", "/reset",
                                    "New", "/system", "Newer")
     assert read[0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n")
-    assert read[1].startswith(read[0]) and read[1].endswith("user\nAnd you?<|im_end|>\n<|im_start|>assistant\n")
+    assert read[1].startswith(read[0]) and read[1].endswith("user\nAnd "
+                                                            "you?<|im_end|>\n<|im_start|>assistant\n")
     assert "Be brief." in read[2] and "Hi" not in read[2] and "Be brief." not in read[3] and len(read) == 4
     assert "/nonsense is no command" in capsys.readouterr().out
 
 
 def test_the_chat_forgets_the_oldest_turns_and_refuses_what_never_fits(chat_dir, monkeypatch, capsys):
     long = "x" * 30
-    read, tokenizer = conversation(chat_dir, monkeypatch, "/system S.", "first " + long, "second " + long, "third " + long,
+    read, tokenizer = conversation(chat_dir, monkeypatch, "/system S.", "first " + long, "second " + long,
+                                   "third " + long,
                                    "y" * 4000, "fourth")
     assert len(read) == 4 and "first" in read[0] and "S." in read[-1] and "first" not in read[-1] and "yyyy" not in read[-1] and "fourth" in read[-1]
     assert "say it shorter" in capsys.readouterr().out

@@ -472,8 +472,10 @@ def test_another_tokenizer_is_refused(ready, tmp_path):
 @pytest.mark.full
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     """kill -9 between and inside updates; log and weights are those of the unbroken run."""
-    command = [sys.executable, "ppo.py", "--smoke", "--max_steps", "10", "--save_every", "2", "--device", "cpu"]
-    subprocess.run([*command, "--out_dir", str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
+    command = [sys.executable, "ppo.py", "--smoke", "--max_steps", "10", "--save_every", "2",
+               "--device", "cpu"]
+    subprocess.run([*command, "--out_dir", str(tmp_path / "whole")], cwd=ROOT, check=True,
+                   capture_output=True)
     broken, log = [*command, "--out_dir", str(tmp_path / "broken")], tmp_path / "broken/log.jsonl"
     for n in (3, 6, 9):
         process = subprocess.Popen(broken, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
