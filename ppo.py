@@ -14,7 +14,6 @@ A score is one number a reply, a reward one a token: -kl_coef * KL everywhere, t
 import importlib.util
 import math
 import time
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,14 +26,13 @@ from batches import (Shards, check_tokenizer, draws, joined, n_rows, packed_rows
                      share)
 from cli import UserError, option, parse_config, run
 from generate import generate
-from model import (LanguageModel, ModelConfig, ScalarModel, count_params, flops_per_token, token_logprobs,
+from model import (LanguageModel, ModelConfig, ScalarModel, count_params, token_logprobs,
                    training_memory)
 from optim import make_optimizer, set_lr
 from records import chat, check_messages, read_records, shown
 from tokenizer import Tokenizer
 from training import (RESUMABLE, MetricLog, NonFinite, Ranks, Stop, TrainingConfig, accumulate, at_least,
-                      autocast,
-                      check, clip_and_step, draw_seed, loss_scaler, lr_at, matmul_peak, start_ranks, wrap)
+                      autocast, check, clip_and_step, draw_seed, loss_scaler, lr_at, start_ranks, wrap)
 
 PRESETS = {
     "demo": dict(batch_size=64, max_steps=30, learning_rate=3e-4, save_every=10, response_length=48),
@@ -219,8 +217,7 @@ def print_log(step, tokens, seconds, metrics):
 
 
 def train(config, policy, reference, value_model, prompts, score, eos_id, log=print_log, ranks=Ranks(),
-          begin=None,
-          keep=None, ptx=None):
+          begin=None, keep=None, ptx=None):
     """Train the policy (and the value model) in place; returns the policy.
 
     Args:
@@ -232,8 +229,7 @@ def train(config, policy, reference, value_model, prompts, score, eos_id, log=pr
     micro_batch_size = checked(config, policy, prompts, ranks)
     both = ActorCritic(policy, value_model)
     optimizer = make_optimizer(config.optimizer, both, config.learning_rate, config.beta1, config.beta2,
-                               config.eps,
-                               config.weight_decay)
+                               config.eps, config.weight_decay)
     scaler, forward, watch = loss_scaler(ranks), wrap(both, config, ranks), NonFinite()
     state = {"step": 0, "tokens": 0, "kl_coef": config.kl_coef}
     if begin:
@@ -280,8 +276,7 @@ def train(config, policy, reference, value_model, prompts, score, eos_id, log=pr
 def checked(config, policy, prompts, ranks):
     """Refuse what cannot work before anything is sampled; returns the micro-batch size."""
     at_least(0, config, "kl_target", "kl_stop", "missing_eos_penalty", "cliprange_value", "vf_coef",
-             "entropy_coef",
-             "ptx_coef")
+             "entropy_coef", "ptx_coef")
     at_least(1, config, "num_ppo_epochs", "num_mini_batches", "response_length", "kl_horizon")
     for name, good, wanted in (("temperature", config.temperature > 0, "above 0"),
                                ("cliprange", 0 < config.cliprange < 1, "above 0 and below 1"),
@@ -396,8 +391,7 @@ def learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, upd
             stats = torch.zeros(5, device=ranks.device)     # policy, value, clipped, k3, largest ratio
             optimizer.zero_grad()
             accumulate(forward, loss_function(config, R, n_tokens, stats), parts, micro_batch_size, n_tokens,
-                       ranks,
-                       scaler, config.seed, step)
+                       ranks, scaler, config.seed, step)
             largest = stats[4].clone()
             if ranks.world_size > 1:
                 dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -457,14 +451,13 @@ def measure(batch, scores, replies, eos_id):
     kl = (kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], "k1") * mask).sum(1)       # a reply
     k3 = (kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], "k3") * mask).sum(1)
     surprise = ((batch["old_logprobs"] + batch["entropies"]) * mask).sum(1)     # mean 0 if sampled as scored
+    errors_off = lambda x: (x.mean() / (x.std(correction=0) / len(x) ** 0.5 + 1e-6)).item()     # noqa: E731
     error = masked_mean((returns - values - masked_mean(returns - values, mask)) ** 2, mask)
     spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    return {"score": scores.mean().item(), "score_std": scores.std().item() if len(scores) > 1 else 0.0,
+    return {"score": scores.mean().item(), "score_std": scores.std(correction=0).item(),
             "kl": kl.mean().item(), "kl_k3": k3.mean().item(),
             "kl_per_token": (kl.sum() / mask.sum()).item(),
-            "kl_z": (kl.mean() / (kl.std() / len(kl) ** 0.5 + 1e-6)).item() if len(kl) > 1 else 0.0,
-            "surprise_z": (surprise.mean() / (surprise.std() / len(kl) ** 0.5 + 1e-6)).item() if len(kl) > 1
-            else 0.0,
+            "kl_z": errors_off(kl), "surprise_z": errors_off(surprise),
             "entropy": masked_mean(batch["entropies"], mask).item(), "length": mask.sum(1).mean().item(),
             "eos_rate": sum(reply[-1] == eos_id for reply in replies) / len(replies),
             "explained_variance": (1 - error / (spread + 1e-8)).item()}
@@ -498,9 +491,8 @@ HEALTHY = [         # metric, lowest and highest healthy value, what it means ou
 
 def diagnose(metrics):
     """{metric: sentence} for every metric outside its healthy range."""
-    return {name: f"{name} {metrics[name]:.3g}: {text.format(metrics[name])}" for name, low, high, text
-            in HEALTHY
-            if not low <= metrics[name] <= high}
+    return {name: f"{name} {metrics[name]:.3g}: {text.format(metrics[name])}"
+            for name, low, high, text in HEALTHY if not low <= metrics[name] <= high}
 
 
 # ---- from the command line
@@ -511,13 +503,12 @@ def main(config):
             config = built_in(config, ranks)
         policy, tokenizer, others = prepare(config, ranks)
         value_model, stop, logs = others["value_model"], Stop(config.max_seconds), []
-        peak = matmul_peak(ranks.device, ranks.dtype) * ranks.world_size
 
         def begin(both, optimizer, scaler):
             found = checkpoint.begin(config, policy, optimizer, scaler, tokenizer, ranks)
             if "value_model" in found:
                 value_model.load_state_dict(found.pop("value_model"))
-            logs.append(MetricLog(config, ranks, found["step"], 0, peak))
+            logs.append(MetricLog(config, ranks, found["step"]))
             return found
 
         def keep(state, optimizer, scaler, metrics):
@@ -525,6 +516,9 @@ def main(config):
             if stopped or finished or state["step"] % config.save_every == 0:
                 kept = state | {"value_model": value_model.state_dict()}
                 checkpoint.save_run("ppo", config, policy, optimizer, scaler, tokenizer, kept, ranks)
+            if stopped or finished:
+                ranks.say(f"{'done' if finished else 'stopped (--resume goes on)'}: update {state['step']}, "
+                          f"{state['tokens']:,} tokens, in {config.out_dir}")
             return stopped
 
         try:
@@ -535,7 +529,6 @@ def main(config):
             stop.close()
             for log in logs:
                 log.close()
-    ranks.say(f"done, in {config.out_dir}")
 
 
 def prepare(config, ranks):

@@ -30,7 +30,7 @@ from model import LanguageModel, ModelConfig, ScalarModel, flops_per_token
 from optim import make_optimizer, set_lr
 from records import read_records, to_comparison, to_messages, weighted_records
 from tokenizer import Tokenizer
-from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, accumulate, at_least, autocast,
+from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, accumulate, at_least,
                       batch_sizes, check, clip_and_step, draw_seed, intervals, loss_scaler, lr_at,
                       matmul_peak, start_ranks, wrap)
 

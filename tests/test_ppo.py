@@ -277,12 +277,18 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", [pytest.param(name, marks=[] if name in ("wrong sign", "k3 in the reward")
-                                                else [pytest.mark.full]) for name in FAULTS])
+@pytest.mark.full
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_misses_it(fault, monkeypatch):
-    name, wrong = FAULTS[fault]
-    monkeypatch.setattr(ppo, name, wrong)
-    assert toy.share_of_the_way(0, **({"max_steps": 20} if fault == "wrong sign" else {})) < 0.98
+    monkeypatch.setattr(ppo, *FAULTS[fault])
+    assert toy.share_of_the_way(0) < 0.98
+
+
+@pytest.mark.parametrize("fault", ["wrong sign", "off by one"])
+def test_two_faults_lead_away_from_it(fault, monkeypatch):
+    """Seen in a third of the updates, in which the right one has most of the way behind it."""
+    monkeypatch.setattr(ppo, *FAULTS[fault])
+    assert toy.share_of_the_way(0, max_steps=20) < 0
 
 
 # ---- the doctor names what is wrong

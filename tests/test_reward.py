@@ -108,13 +108,13 @@ def test_krippendorffs_alpha():
 
 
 def test_the_interval_covers_the_truth():
-    """In 200 experiments of 60 prompts with 3 dependent pairs each, about 95% of the intervals hold 0.7."""
+    """In 100 experiments of 60 prompts with 3 dependent pairs each, about 95% of the intervals hold 0.7."""
     generator, hits = np.random.default_rng(0), 0
-    for _ in range(200):
+    for _ in range(100):
         parts = [[float(generator.random() < 0.7)] * 3 for _ in range(60)]
         low, high = interval95(parts, lambda p: float(np.mean([x for part in p for x in part])), 200)
         hits += low <= 0.7 <= high
-    assert 0.88 <= hits / 200 <= 0.99
+    assert 0.87 <= hits / 100 <= 1.0
 
 
 # ---- reading replies in rows
