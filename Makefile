@@ -49,7 +49,7 @@ POLICY := $(OUT)/ppo
 
 # $(call stage,DIRECTORY,SCRIPT,FLAGS): train, or go on with what is there
 define stage
-if [ -d $(1)/checkpoints ]; then $(PY) $(2) --resume --out_dir $(1); \
+if ls -d $(1)/checkpoints/[0-9]* > /dev/null 2>&1; then $(PY) $(2) --resume --out_dir $(1); \
 	else $(PY) $(2) --config $(SIZE) $(3) --out_dir $(1); fi
 touch $(1)/.done
 endef
@@ -57,6 +57,8 @@ endef
 demo: setup $(OUT)/evaluation.json
 	$(PY) evaluate.py --runs "$(OUT)/*"
 	@echo 'Talk to it: $(PY) generate.py --model $(POLICY) --chat'
+
+$(TEXT)/.done $(ASKED)/.done: | $(VENV)/.installed
 
 $(TEXT)/.done:
 	$(PY) -m data.world --out_dir $(TEXT) --megabytes $(MEGABYTES)

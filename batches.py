@@ -285,6 +285,12 @@ def score_texts(model, texts, rows_at_once=32):
     return torch.cat(found)[row, last]
 
 
+def score_replies(model, prompts, replies, eos_id):
+    """score_texts of replies to prompts, lists of ids; one without its end is read as if it ended there."""
+    return score_texts(model, [joined(p, r if r[-1] == eos_id else [*r, eos_id], model.config.max_seq_len)
+                               for p, r in zip(prompts, replies)])
+
+
 # ---- bits per byte over whole documents
 
 def scoring_windows(n_targets, max_seq_len):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from batches import Shards, bits_per_byte, joined, score_texts
+from batches import Shards, bits_per_byte, score_replies
 from cli import UserError, option, parse_config, progress_bar, run, write_text
 from data.gold import ASPECTS, Look, gold, rate
 from generate import generate, reply_logprobs
@@ -281,18 +281,16 @@ def sampled(model, prompts, config, eos_id, draw=0):
         part = order[start:start + AT_ONCE]
         seeds = [draw_seed(config.seed, f"reply {draw}", i) for i in part]
         for i, ids in zip(part, generate(model, [prompts[i] for i in part], config.max_new_tokens,
-                                         stop_ids=(eos_id,),
-                                         seeds=seeds)):
+                                         stop_ids=(eos_id,), seeds=seeds)):
             replies[i] = ids
     return replies
 
 
 def judged(replies, prompts, examples, requests, judge_model, tokenizer):
     """{"text", "score", "gold", "length", "ended"}: a list over the replies each."""
-    eos, longest = tokenizer.im_end_id, judge_model.config.max_seq_len
-    texts = [joined(p, r if r[-1] == eos else [*r, eos], longest) for p, r in zip(prompts, replies)]
+    eos = tokenizer.im_end_id
     words = [tokenizer.decode([id for id in ids if id < tokenizer.eot_id]) for ids in replies]
-    return {"text": words, "score": score_texts(judge_model, texts).tolist(),
+    return {"text": words, "score": score_replies(judge_model, prompts, replies, eos).tolist(),
             "gold": [gold(requests[e["id"]], text) for e, text in zip(examples, words)],
             "length": [len(ids) for ids in replies], "ended": [ids[-1] == eos for ids in replies]}
 

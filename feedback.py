@@ -28,7 +28,7 @@ from data.gold import ASPECTS, rate as gold_marks
 from generate import generate, reply_logprobs, uniforms
 from metrics import interval, krippendorff_alpha, nominal
 from model import LanguageModel
-from records import chat, check_messages, read_records, shown
+from records import read_prompts, read_records, shown
 from training import draw_seed, pick_device
 
 AT_ONCE = 64                    # replies sampled together
@@ -58,7 +58,9 @@ def sample(config):
     """Write samples.jsonl; says how many replies there are, are different and ended by themselves."""
     if config.replies < 1 or config.limit < 0:
         raise UserError(f"replies {config.replies} must be at least 1, limit {config.limit} not negative")
-    prompts = read_prompts(config.prompts, config.limit)
+    if not config.prompts:
+        raise UserError("--prompts '' holds no prompts; name a file of {id, messages}, one a line")
+    prompts = read_prompts(config.prompts)[:config.limit or None]
     found, made = [[] for _ in prompts], 0
     for number, name in enumerate(name for name in config.models.split(",") if name.strip()):
         model, tokenizer, _ = checkpoint.load_model(name.strip(), pick_device(config.device))
@@ -100,27 +102,6 @@ def replies_to(model, tokenizer, conversations, config, seeds):
              "logprob": round(chance, 4), "ended": ids[-1] == tokenizer.im_end_id,
              "temperature": config.temperature, "seed": seed}
             for ids, chance, seed in zip(found, chances, seeds)]
-
-
-def read_prompts(path, limit=0):
-    """[(id, messages)] of a file of prompts."""
-    found = []
-    for where, record in read_records(path) if path else ():
-        try:
-            if isinstance(record, UserError):
-                raise record
-            if not isinstance(record, dict) or not {"id", "messages"} <= record.keys():
-                raise UserError("a prompt has id and messages")
-            messages = chat(record["messages"])
-            check_messages(messages, last="user")
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        found.append((record["id"], messages))
-        if len(found) == limit:
-            break
-    if not found:
-        raise UserError(f"--prompts {path or '(none)'} holds no prompts; {{id, messages}}, one a line")
-    return found
 
 
 # ---- files of samples and ratings

@@ -22,14 +22,14 @@ import torch.distributed as dist
 from torch import nn
 
 import checkpoint
-from batches import (Shards, check_tokenizer, draws, joined, n_rows, packed_rows, rows_of_step, score_texts,
+from batches import (Shards, check_tokenizer, draws, n_rows, packed_rows, rows_of_step, score_replies,
                      share)
 from cli import UserError, option, parse_config, run
 from generate import generate
 from model import (LanguageModel, ModelConfig, ScalarModel, count_params, token_logprobs,
                    training_memory)
 from optim import make_optimizer, set_lr
-from records import chat, check_messages, read_records, shown
+from records import read_prompts
 from tokenizer import Tokenizer
 from training import (RESUMABLE, MetricLog, NonFinite, Ranks, Stop, TrainingConfig, accumulate, at_least,
                       autocast, check, clip_and_step, draw_seed, loss_scaler, lr_at, start_ranks, wrap)
@@ -556,7 +556,7 @@ def prepare(config, ranks):
                         f"noise of chance; give it more or clearer judgements, or --force")
     value_model = ScalarModel(reward_model.config).to(ranks.device)
     value_model.load_state_dict(reward_model.state_dict())
-    prompts, texts = read_prompts(config.data, tokenizer)
+    prompts, texts = encode_prompts(config.data, tokenizer)
     score = (function_score(config.reward_fn, texts, tokenizer) if config.reward_fn
              else model_score(reward_model, tokenizer.im_end_id))
     ptx = None
@@ -577,36 +577,20 @@ def prepare(config, ranks):
                                "prompts": prompts, "score": score, "ptx": ptx}
 
 
-def read_prompts(path, tokenizer):
+def encode_prompts(path, tokenizer):
     """Prompts as ids, the reply's opening included, and {ids: text of the last turn}."""
     if not path:
         raise UserError("--data is missing; name a file of prompts: {id, messages}, one a line")
     prompts, texts = [], {}
-    for where, record in read_records(path):
-        try:
-            if isinstance(record, UserError):
-                raise record
-            if not isinstance(record, dict) or "messages" not in record:
-                raise UserError(f"{shown(record)} is no prompt; it has messages")
-            messages = chat(record["messages"])
-            check_messages(messages, last="user")
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+    for _, messages in read_prompts(path):
         prompts.append(tokenizer.encode_chat(messages, add_generation_prompt=True)[0])
         texts[tuple(prompts[-1])] = messages[-1]["content"]
-    if not prompts:
-        raise UserError(f"{path}: no prompts in it")
     return prompts, texts
 
 
 def model_score(reward_model, eos_id):
     """score(prompts, responses) of a reward model; a reply without its end is read as if it ended there."""
-    longest = reward_model.config.max_seq_len
-
-    def score(prompts, responses):
-        return score_texts(reward_model, [joined(p, r if r[-1] == eos_id else [*r, eos_id], longest)
-                                          for p, r in zip(prompts, responses)])
-    return score
+    return lambda prompts, responses: score_replies(reward_model, prompts, responses, eos_id)
 
 
 def function_score(spec, texts, tokenizer):

@@ -248,6 +248,25 @@ def read_records(path):
                 yield f"{path}:{number}", UserError(f"not a JSON record ({error}); mend the line")
 
 
+def read_prompts(path):
+    """[(id, messages)] of a file of prompts {id, messages}, whose last turn is the user's."""
+    found = []
+    for where, record in read_records(path):
+        try:
+            if isinstance(record, UserError):
+                raise record
+            if not isinstance(record, dict) or not {"id", "messages"} <= record.keys():
+                raise UserError(f"{shown(record)} is no prompt; it has messages and an id")
+            messages = chat(record["messages"])
+            check_messages(messages, last="user")
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        found.append((record["id"], messages))
+    if not found:
+        raise UserError(f"{path}: no prompts in it")
+    return found
+
+
 def read_weighted(spec):
     """"a.jsonl,b.jsonl:0.5" -> [(path, weight)]."""
     found = []

@@ -132,12 +132,12 @@ def train(config, ranks):
             watch.check(grad_norm, step + 1)
             finished, stopped = step + 1 == config.max_steps, stop.agreed(ranks)
             if not finished and (step + 1) % config.eval_every == 0:
-                found = judge(model, data["val"], data["scale"], 0)
+                found = judge(model, data["val"], 0)
                 log.write(step + 1, **{f"val_{k}": v for k, v in found.items() if isinstance(v, float)})
                 ranks.say(f"evaluation at step {step + 1}: " + told(found))
             extra = {}
             if finished:
-                found = judge(model, data["val"], data["scale"], config.bootstrap)
+                found = judge(model, data["val"], config.bootstrap)
                 normalize(model, data["normal"])
                 extra = {"reward": conclude(config, found, data, log, ranks)}
             if finished or stopped or (step + 1) % config.save_every == 0:
@@ -348,7 +348,7 @@ def sizes_of(text):
 
 # ---- how good is it?
 
-def judge(model, prompts, scale, n_bootstrap):
+def judge(model, prompts, n_bootstrap):
     """What the model's scores are worth on prompts it has not seen; the intervals resample the prompts."""
     texts = [ids for prompt in prompts for ids in prompt.ids]
     raw = score_texts(model, texts) * model.score_std + model.score_mean

@@ -404,6 +404,6 @@ def test_judging_is_done_pair_by_pair(ready, tmp_path):
                                      str).values())
     margins = [model(torch.tensor([p.ids[a]]))[0, -1] - model(torch.tensor([p.ids[b]]))[0, -1]
                for p in found for a, b in p.pairs()]
-    got = judge(model, found, (0.0, 1.0), 0)
+    got = judge(model, found, 0)
     assert got["accuracy"] == pytest.approx(np.mean([m.item() > 0 for m in margins]))
     assert got["log_loss"] == pytest.approx(np.mean([-F.logsigmoid(m).item() for m in margins]), abs=1e-5)
