@@ -68,8 +68,9 @@ $(ASKED)/.done:
 	$(PY) -m data.instructions --out_dir $(ASKED) --examples $(EXAMPLES)
 	touch $@
 
-$(OUT)/tokenizer/.done: $(TEXT)/.done
-	$(PY) tokenizer.py --input $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt --vocab_size $(VOCAB) --out_dir $(OUT)/tokenizer
+$(OUT)/tokenizer/.done: $(TEXT)/.done $(ASKED)/.done
+	$(PY) tokenizer.py --input $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt,$(ASKED)/said_train.txt \
+		--vocab_size $(VOCAB) --out_dir $(OUT)/tokenizer
 	touch $@
 
 $(OUT)/data/.done: $(OUT)/tokenizer/.done

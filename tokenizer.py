@@ -1,7 +1,7 @@
 """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): trained here by hand, applied by tiktoken.
 
 Text is split by Llama 3's pattern into words, and inside words the most frequent pair of tokens is merged,
-again and again. Ids: 0-255 the bytes in GPT-2's order, the merges as they were learnt, the four specials. The
+again and again; learning keeps marks and letters apart besides. Ids: 0-255 the bytes in GPT-2's order, the merges as they were learnt, the four specials. The
 trainer's trick is to do many merges at once in numpy, with the same result: see `learn_merges`. Special
 tokens are never recognised in text; they come from `encode_chat` and from whoever packs documents.
 """
@@ -27,6 +27,9 @@ from cli import UserError, option, parse_config, progress_bar, run, write_text
 
 SPLIT_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# No merge is learnt from a mark to the letter behind it: one token for a name and for the same name after a full stop or
+# a quotation mark, so a small model can learn to copy it (LOG.md). The words are parts of SPLIT_PATTERN's.
+LEARNING_PATTERN = SPLIT_PATTERN.replace(r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\n\p{L}\p{N}\p{P}\p{S}]?\p{L}+")
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 ROLES = ("system", "user", "assistant")
 FILE, FORMAT = "bpe.json", "sprout byte-level BPE, version 1"
@@ -224,7 +227,7 @@ def count_batch(texts):
     """Number of characters and Counter of the words of a few texts."""
     words = Counter()
     for text in texts:
-        words.update(regex.findall(SPLIT_PATTERN, text))
+        words.update(regex.findall(LEARNING_PATTERN, text))
     return sum(map(len, texts)), words
 
 

@@ -2,8 +2,8 @@
 
     python -m data.instructions --out_dir DATA
 
-Writes DATA/{sft,eval,prompts}_{train,val}.jsonl and DATA/requests.jsonl. Everything follows from facts, so
-right answers are known. Tales come from writers who forget, ramble, repeat or break off, so that there is
+Writes DATA/{sft,eval,prompts}_{train,val}.jsonl, DATA/requests.jsonl, and what is said in sft_train as plain text for
+the tokenizer, DATA/said_train.txt. Everything follows from facts, so right answers are known. Tales come from writers who forget, ramble, repeat or break off, so that there is
 something to prefer; other tasks are answered well. Not here: marks for replies (gold.py).
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cli import UserError, option, parse_config, progress_bar, run, write_text
+from data.read import SEPARATOR
 from data.rules import LANGUAGES, load
 from data.world import draw_facts, generator, sentences, split_of, tell
 from records import to_messages
@@ -230,7 +231,7 @@ def plan(n, shares):
 
 def write_files(config):
     """Write all files; returns {name: records}."""
-    out_dir, counts, requests = Path(config.out_dir), {}, {}
+    out_dir, counts, requests, said = Path(config.out_dir), {}, {}, []
     out_dir.mkdir(parents=True, exist_ok=True)
     prompt_shares = {"tale": 8, "who": 1, "why": 1}
     sizes = {("sft", "train"): (config.examples, SHARES), ("sft", "val"): (config.examples // 10, SHARES),
@@ -247,6 +248,8 @@ def write_files(config):
                 records.append(record_for(kind, found))
                 if kind != "sft":
                     requests[found.id] = found.request
+                elif split == "train":
+                    said += [message["content"] for message in to_messages(found.record)]
                 bar.update()
             start += n                                              # no example is in two files
             name = f"{kind}_{split}.jsonl"
@@ -254,7 +257,8 @@ def write_files(config):
             counts[name] = n
     wishes = [{"id": id, "request": request} for id, request in requests.items()]
     write_jsonl(out_dir / "requests.jsonl", wishes)
-    return counts | {"requests.jsonl": len(requests)}
+    write_text(out_dir / "said_train.txt", f"\n{SEPARATOR}\n".join(said) + "\n")
+    return counts | {"requests.jsonl": len(requests), "said_train.txt": len(said)}
 
 
 def record_for(kind, found):

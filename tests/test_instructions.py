@@ -26,12 +26,18 @@ def written(tmp_path_factory):
         write_files(InstructionsConfig(out_dir=str(out), examples=220, prompts=40))
         runs.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert runs[0] == runs[1]
-    return {name: [json.loads(line) for line in data.decode().splitlines()] for name, data in runs[0].items()}
+    return {name: [json.loads(line) for line in data.decode().splitlines()] if name.endswith("l") else data.decode()
+            for name, data in runs[0].items()}
+
+
+def test_what_is_said_is_there_as_text(written):
+    said = written["said_train.txt"].removesuffix("\n").split("\n<|endoftext|>\n")
+    assert said == [m["content"] for r in written["sft_train.jsonl"] for m in to_messages(r)]
 
 
 def test_every_file_is_there(written):
     assert sorted(written) == sorted([f"{kind}_{split}.jsonl" for kind in ("sft", "eval", "prompts")
-                                      for split in ("train", "val")] + ["requests.jsonl"])
+                                      for split in ("train", "val")] + ["requests.jsonl", "said_train.txt"])
     assert len(written["sft_train.jsonl"]) == 220 and len(written["prompts_train.jsonl"]) == 40
     ids = [r["id"] for r in written["requests.jsonl"]]
     assert len(set(ids)) == len(ids)

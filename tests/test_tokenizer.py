@@ -15,7 +15,7 @@ import regex
 
 import tokenizer as module
 from cli import UserError
-from tokenizer import BYTES, SPECIALS, SPLIT_PATTERN, Tokenizer, count_words, learn_merges
+from tokenizer import BYTES, LEARNING_PATTERN, SPECIALS, SPLIT_PATTERN, Tokenizer, count_words, learn_merges
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2] / "shared/data"
@@ -43,6 +43,24 @@ def test_words_are_split_as_in_llama_3():
     assert regex.findall(SPLIT_PATTERN, text) == [
         "It", "'S", " ", "123", "45", " cats", ",\n\n", " ", " (", "ok", ")", " ", " 猫", "123", "。", " \t\n",
         "End", "  "]
+
+
+def test_no_merge_is_learnt_from_a_mark_to_a_letter():
+    text = "好。猫来了 said \"Hi $a हिन्दी e\u0301te \tx"
+    assert regex.findall(SPLIT_PATTERN, text) == [
+        "好", "。猫来了", " said", " \"", "Hi", " $", "a", " ह", "िन", "्द", "ी", " e", "\u0301te", " ", "\tx"]
+    assert regex.findall(LEARNING_PATTERN, text) == [
+        "好", "。", "猫来了", " said", " \"", "Hi", " $", "a", " ह", "िन", "्द", "ी", " e", "\u0301te", " ", "\tx"]
+    tokenizer = train_quietly(["。猫来了。狗来了，猫来了！" * 20], 400)
+    cat = tokenizer.encode("猫来了")
+    assert len(cat) == 1 and tokenizer.encode("。猫来了")[-1:] == tokenizer.encode("，猫来了")[-1:] == cat
+
+
+def test_words_of_learning_are_parts_of_words():
+    rng = random.Random(1)
+    for text in [*MIXED, *(random_text(rng) for _ in range(3_000))]:
+        cuts = lambda pattern: set(itertools.accumulate(map(len, regex.findall(pattern, text))))
+        assert cuts(SPLIT_PATTERN) <= cuts(LEARNING_PATTERN), text
 
 
 def test_a_case_worked_by_hand():
@@ -152,14 +170,19 @@ def gpt2_letters():
 
 
 def train_hf(texts, vocab_size):
+    """Learns with LEARNING_PATTERN, encodes with SPLIT_PATTERN, as Llama's users will."""
     tokenizers = pytest.importorskip("tokenizers")
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated")
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    learning, encoding = (
+        tokenizers.pre_tokenizers.Sequence(
+            [tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"), byte_level])
+        for pattern in (LEARNING_PATTERN, SPLIT_PATTERN))
     hf = tokenizers.Tokenizer(tokenizers.models.BPE())
-    hf.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    hf.pre_tokenizer = learning
     hf.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIALS), min_frequency=2, show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    hf.pre_tokenizer = encoding
     return hf
 
 
