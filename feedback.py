@@ -28,7 +28,7 @@ from data.gold import ASPECTS, rate as gold_marks
 from generate import generate, reply_logprobs, uniforms
 from metrics import interval, krippendorff_alpha, nominal
 from model import LanguageModel
-from records import read_prompts, read_records, shown
+from records import chat, check_turns, read_prompts, read_records, shown
 from training import draw_seed, pick_device
 
 AT_ONCE = 64                    # replies sampled together
@@ -255,12 +255,17 @@ def rate(config, ask=input):
 
 def show(found, config):
     """Print a sample's replies in an order of this annotator's own; returns them in that order."""
-    order = draws(0, f"{config.annotator} {found['id']}", 0, len(found["replies"])).argsort(kind="stable")
-    replies = [found["replies"][i] for i in order][:2 if config.kind == "choice" else None]
+    replies = in_order_of(config.annotator, found, config.kind)
     print("\n" + "\n".join(f"{turn['role']}: {turn['content']}" for turn in found["messages"]))
     for number, reply in enumerate(replies, 1):
         print(f"  {number}) {reply['text']}")
     return replies
+
+
+def in_order_of(annotator, found, kind):
+    """The replies that this annotator is asked about, in an order of their own."""
+    order = draws(0, f"{annotator} {found['id']}", 0, len(found["replies"])).argsort(kind="stable")
+    return [found["replies"][i] for i in order][:2 if kind == "choice" else None]
 
 
 def judgement(answer, ids, kind):
@@ -437,11 +442,20 @@ def read_thumbs(path):
     """Checked thumbs of a file."""
     found = []
     for where, record in read_records(path):
-        if (not isinstance(record, dict) or not {"messages", "reply", "thumb"} <= record.keys()
-                or record["thumb"] not in (1, -1) or not isinstance(record["reply"], str)):
-            raise UserError(f"{where}: not a thumb; it has messages, reply and thumb, 1 or -1")
+        try:
+            check_thumb(record)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         found.append(record)
     return found
+
+
+def check_thumb(record):
+    """Refuse what is no thumb up or down on a reply."""
+    if (not isinstance(record, dict) or not {"messages", "reply", "thumb"} <= record.keys()
+            or record["thumb"] not in (1, -1) or not isinstance(record["reply"], str)):
+        raise UserError("not a thumb; it has messages, reply and thumb, 1 or -1")
+    check_turns(chat(record["messages"]), last="user")
 
 
 def thumb_records(thumbs, form):

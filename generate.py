@@ -9,7 +9,7 @@ Shapes:  B rows of the batch now   T positions in this call   N new tokens at mo
 import math
 import secrets
 import sys
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from training import pick_device
 DROP_SHARE = 0.25                   # ended rows are computed along until they are this share of the batch
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class Sampling:
     """How the next token is chosen; a stage's config may inherit it and pass `**config.options()`."""
     temperature: float = option(1.0, "divides the logits; 0 = greedy")
@@ -113,8 +113,16 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
     check_prompts(prompts, model.config)
-    rooms = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]
-    return steps(model, prompts, rooms, sampling, frozenset(stop_ids), seeds) if prompts else iter(())
+    rows = [Row(prompt, min(max_new_tokens, model.config.max_seq_len - len(prompt)), seed, sampling, frozenset(stop_ids))
+            for prompt, seed in zip(prompts, seeds)]
+    return steps(Engine(model, rows), rows) if rows else iter(())
+
+
+def steps(engine, rows):
+    """Each step of the engine as a list of what these rows got."""
+    while got := engine.step():
+        new = {id(row): row.ids[-1] for row in got}
+        yield [new.get(id(row)) for row in rows]
 
 
 def generate(model, prompts, max_new_tokens, **options):
@@ -140,37 +148,97 @@ def check_prompts(prompts, config):
                             f"{config.vocab_size}; encode it with the model's own tokenizer")
 
 
-@torch.no_grad()            # not inference_mode: its tensors, kept by autocast, could not be trained on next
-def steps(model, prompts, rooms, sampling, stop_ids, seeds):
-    """Do what `stream` promises; rooms: how many new tokens each prompt may have."""
-    weight, V, N = model.model.embed_tokens.weight, model.config.vocab_size, max(rooms)
-    ids, n_real = pad(prompts, weight.device)                                           # (B, T), (B,)
-    seen = torch.zeros(len(prompts), V, dtype=torch.bool, device=weight.device).scatter_(1, ids, True)
-    uniform = torch.stack([uniforms(seed, N) for seed in seeds], dim=1)                 # (N, B)
-    uniform = uniform.to("cpu" if weight.device.type == "mps" else weight.device)       # MPS has no float64
-    max_len = max(len(prompt) + room for prompt, room in zip(prompts, rooms))
-    cache = KVCache(model.config, len(prompts), max_len, weight.device, weight.dtype)
-    rows = list(range(len(prompts)))                    # the prompt of each row of the batch; None = ended
-    for step in range(N):
-        logits = repetition_penalty(next_logits(model, ids, n_real, cache), seen, sampling.repetition_penalty)
-        logits = filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-        ids = draw(logits, uniform[step]).to(weight.device)[:, None]                 # (B, 1)
-        new = ids[:, 0].tolist()
-        if V in new:
-            raise UserError("the model's logits are not finite: no token to draw; take an earlier checkpoint")
-        of_prompt = dict(zip(rows, new))
-        yield [of_prompt.get(prompt) for prompt in range(len(prompts))]
-        rows = [None if row is None or id in stop_ids or step + 1 == rooms[row] else row
-                for row, id in zip(rows, new)]
-        kept = [i for i, row in enumerate(rows) if row is not None]
+@dataclass
+class Row:
+    """One response in the making."""
+    prompt: list                    # ids
+    room: int                       # new tokens, at most
+    seed: int
+    sampling: Sampling
+    stop_ids: frozenset = frozenset()
+    top_logprobs: int = -1          # likeliest ids to note with each token; 0 = the token's own, -1 = nothing
+    ids: list = field(default_factory=list)             # the response so far
+    logprobs: list = field(default_factory=list)        # of each id (logprob, [(id, logprob) of the likeliest]), nats
+    ended: bool = False             # set it from outside, and the row gets no more tokens
+
+    def __post_init__(self):
+        self.uniforms = uniforms(self.seed, self.room)
+
+
+class Engine:
+    """Rows that are sampled together: each joins at any step and leaves when it has ended (Yu et al. 2022, Orca).
+
+    A row's text depends on its prompt, its seed and its settings, not on its company.
+    """
+
+    def __init__(self, model, rows=()):
+        self.model, self.joining = model, list(rows)
+        self.rows, self.cache = [], None                # an ended row is computed along until `drop`
+
+    def add(self, row):
+        """Let a row join at the next step."""
+        self.joining.append(row)
+
+    @torch.no_grad()            # not inference_mode: its tensors, kept by autocast, could not be trained on next
+    def step(self):
+        """Give each row that has not ended its next token; returns those rows, [] when none is left."""
+        self.drop()
+        weight, logits = self.model.model.embed_tokens.weight, []
+        if self.rows:
+            ids = torch.tensor([row.ids[-1:] for row in self.rows], device=weight.device)               # (B, 1)
+            logits.append(next_logits(self.model, ids, torch.ones_like(ids[:, 0]), self.cache))
+        if self.joining:
+            ids, n_real = pad([row.prompt for row in self.joining], weight.device)                      # (B, T), (B,)
+            size = max(len(row.prompt) + row.room for row in self.joining)
+            cache = KVCache(self.model.config, len(ids), size, weight.device, weight.dtype)
+            logits.append(next_logits(self.model, ids, n_real, cache))
+            if self.rows:
+                self.cache.join(cache)
+            else:
+                self.cache = cache
+            self.rows, self.joining = self.rows + self.joining, []
+        live = [i for i, row in enumerate(self.rows) if not row.ended]
+        if live:
+            logits = torch.cat(logits) if len(logits) > 1 else logits[0]
+            choose(logits if len(live) == len(logits) else logits[live], [self.rows[i] for i in live])
+        return [self.rows[i] for i in live]
+
+    def drop(self):
+        """Take ended rows out of the batch once they are DROP_SHARE of it, or the cache is full to their end."""
+        self.joining = [row for row in self.joining if not row.ended]
+        kept = [i for i, row in enumerate(self.rows) if not row.ended]
+        full = self.cache is not None and self.cache.longest == self.cache.keys.shape[2]
         if not kept:
-            return
-        seen.scatter_(1, ids, True)
-        if len(kept) <= (1 - DROP_SHARE) * len(rows) or cache.longest == max_len:
-            rows, kept = [rows[i] for i in kept], torch.tensor(kept, device=weight.device)
-            ids, seen, uniform = ids[kept], seen[kept], uniform[:, kept.to(uniform.device)]
-            cache.keep(kept)
-        n_real = torch.ones_like(ids[:, 0])
+            self.rows, self.cache = [], None
+        elif len(kept) <= (1 - DROP_SHARE) * len(self.rows) or full and len(kept) < len(self.rows):
+            self.rows = [self.rows[i] for i in kept]
+            self.cache.keep(torch.tensor(kept, device=self.cache.keys.device))
+
+
+def choose(logits, rows):
+    """Draw the next id of each row from logits (B, V), each with its own settings, and note which rows end."""
+    for sampling in {row.sampling for row in rows}:
+        chosen = [i for i, row in enumerate(rows) if row.sampling == sampling]
+        mine = [rows[i] for i in chosen]
+        raw = logits if len(chosen) == len(rows) else logits[chosen]
+        part = raw
+        if sampling.repetition_penalty != 1:
+            seen = torch.zeros_like(part, dtype=torch.bool)
+            for i, row in enumerate(mine):
+                seen[i, row.prompt + row.ids] = True
+            part = repetition_penalty(part, seen, sampling.repetition_penalty)
+        part = filter_logits(part, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        uniform = torch.stack([row.uniforms[len(row.ids)] for row in mine])
+        new = draw(part, uniform.to("cpu" if part.device.type == "mps" else part.device)).tolist()  # MPS: no float64
+        if logits.shape[-1] in new:
+            raise UserError("the model's logits are not finite: no token to draw; take an earlier checkpoint")
+        for i, (row, id) in enumerate(zip(mine, new)):
+            if row.top_logprobs >= 0:
+                logprobs = raw[i].log_softmax(-1)
+                best = logprobs.topk(row.top_logprobs)
+                row.logprobs.append((logprobs[id].item(), list(zip(best.indices.tolist(), best.values.tolist()))))
+            row.ids.append(id)
+            row.ended = id in row.stop_ids or len(row.ids) == row.room
 
 
 def pad(prompts, device):

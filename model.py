@@ -122,6 +122,16 @@ class KVCache:
         self.longest = int(self.lengths.max())
 
 
+    def join(self, other):
+        """Take in the rows of another cache, behind the own ones."""
+        S = max(self.keys.shape[2], other.keys.shape[2])
+        for name in ("keys", "values"):
+            parts = [F.pad(x, (0, 0, 0, 0, 0, S - x.shape[2])) for x in (getattr(self, name), getattr(other, name))]
+            setattr(self, name, torch.cat(parts, dim=1))
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self.longest = max(self.longest, other.longest)
+
+
 class Attention(nn.Module):
     """Causal self-attention in which H query heads share G key-value heads (Ainslie et al. 2023)."""
 

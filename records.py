@@ -201,7 +201,15 @@ def check_comparison(found):
 
 
 def check_messages(messages, last="assistant"):
-    """Refuse turns that are no conversation: (system,) user, assistant, ..., ending with a turn of `last`."""
+    """Refuse turns that are no conversation, and texts that are written like the template's own tokens."""
+    check_turns(messages, last)
+    for special in SPECIALS:
+        if any(special in turn["content"] for turn in messages):
+            raise UserError(f"a text holds {special}, which the template writes itself; take it out")
+
+
+def check_turns(messages, last):
+    """Refuse turns that are not (system,) user, assistant, ..., ending with a turn of `last`."""
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     if not turns:
         raise UserError("there is no turn of a user; a conversation begins with one")
@@ -217,9 +225,6 @@ def check_messages(messages, last="assistant"):
                             "the record out")
     if turns[-1]["role"] != last:
         raise UserError(f"the last turn is of {turns[-1]['role']}; the record must end with one of {last}")
-    for special in SPECIALS:
-        if any(special in turn["content"] for turn in messages):
-            raise UserError(f"a text holds {special}, which the template writes itself; take it out")
 
 
 # ---- files

@@ -33,6 +33,7 @@ FLOORS = [                      # a module imports from lower floors only; one n
     ["data.world"],
     ["data.prepare", "data.instructions", "generate"],
     ["data.gold"],
+    ["feedback"],
 ]
 EXTRAS = ["matplotlib", "fastapi", "uvicorn", "tensorboard", "wandb", "safetensors", "onnx", "transformers",
           "tokenizers", "pytest"]
