@@ -322,7 +322,7 @@ def make_app(config):
     fastapi = need("fastapi", "fastapi uvicorn")
     responses, static = need("fastapi.responses", "fastapi"), need("fastapi.staticfiles", "fastapi")
     concurrency = need("fastapi.concurrency", "fastapi")
-    device, models, tokenizers = pick_device(config.device), {}, {}
+    device, models, tokenizers, stages = pick_device(config.device), {}, {}, {}
     if config.threads:
         import torch
         torch.set_num_threads(config.threads)
@@ -331,7 +331,8 @@ def make_app(config):
         name = name or Path(path.rstrip("/")).name
         if name in models:
             raise UserError(f"two models are called {name!r}; name them, --models a={path},b=...")
-        models[name], tokenizers[name], _ = load_model(path, device)
+        models[name], tokenizers[name], stored = load_model(path, device)
+        stages[name] = stored["stage"]
         if not isinstance(models[name], LanguageModel):
             raise UserError(f"model {path} gives scores, not text; it can be the --reward_model")
     if not models:
@@ -491,7 +492,7 @@ def make_app(config):
     @app.get("/v1/models")
     async def list_models():
         return {"object": "list", "data": [
-            {"id": name, "object": "model", "created": started, "owned_by": "sprout",
+            {"id": name, "object": "model", "created": started, "owned_by": "sprout", "stage": stages[name],
              "context_length": model.config.max_seq_len} for name, model in models.items()]}
 
     @app.get("/health")
