@@ -257,12 +257,16 @@ def compare(config):
     for i, example in enumerate(examples[:config.show]):
         print(f"--- {example['messages'][-1]['content']}")
         print(*(f"{row['model']}: {texts[i]}" for row, texts in zip(rows, said)), sep="\n")
-    curve = best_of(config, reference, asked, examples, requests, judge_model, tokenizer,
-                    base) if config.best_of else []
+    curve, best = best_of(config, reference, asked, examples, requests, judge_model, tokenizer,
+                          base) if config.best_of else ([], [])
     if curve:
         print_table(curve)
     if config.out:
-        write_text(Path(config.out), json.dumps({"policies": rows, "best_of": curve}, indent=1) + "\n")
+        names = [row["model"] for row in rows] + [f"best of {config.best_of}"] * bool(best)
+        shown_ones = [{"messages": e["messages"], "replies": dict(zip(names, texts))}
+                      for e, *texts in list(zip(examples, *said, *([best] if best else [])))[:config.show]]
+        found = {"policies": rows, "best_of": curve, "transcripts": shown_ones}
+        write_text(Path(config.out), json.dumps(found, ensure_ascii=False, indent=1) + "\n")
 
 
 def models_of(names):
@@ -327,7 +331,10 @@ def against(found, base):
 
 
 def best_of(config, model, asked, examples, requests, judge_model, tokenizer, base):
-    """Rows of best-of-n for n = 1, 2, 4, ...: chosen by score, judged by gold, in the units of `against`."""
+    """Rows of best-of-n for n = 1, 2, 4, ...: chosen by score, judged by gold, in the units of `against`.
+
+    Also the reply with the best score to each prompt.
+    """
     draws = [judged(sampled(model, asked, config, tokenizer.im_end_id, draw + 1), asked, examples, requests,
                     judge_model, tokenizer) for draw in progress_bar(iterable=range(config.best_of),
                                                                      desc="best of n")]
@@ -338,7 +345,7 @@ def best_of(config, model, asked, examples, requests, judge_model, tokenizer, ba
         rows.append({"best_of": n, "kl": math.log(n) - (n - 1) / n, "score": best_of_n(scores, scores, n),
                      "gold": mean, "gold_units": (mean - np.mean(base["gold"])) / unit})
         n *= 2
-    return rows
+    return rows, [draws[i]["text"][p] for p, i in enumerate(scores.argmax(1))]
 
 
 def best_of_n(scores, values, n):

@@ -73,7 +73,7 @@ export function header(here, changed = () => {}) {
 export function remember(...ids) {
   for (const id of ids) {
     const input = document.getElementById(id);
-    input.value = localStorage[id] ?? input.value;
-    input.addEventListener("change", () => { localStorage[id] = input.value; });
+    input.value = localStorage.getItem(`sprout.${id}`) ?? input.value;
+    input.addEventListener("change", () => localStorage.setItem(`sprout.${id}`, input.value));
   }
 }
