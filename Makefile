@@ -10,12 +10,12 @@ PY := $(BIN)/python
 
 OUT ?= out
 SIZE ?= demo
-MEGABYTES ?= 4
-VOCAB ?= 4096
+DATA ?=
 
-.PHONY: setup setup-extra demo test test-all clean
+.PHONY: setup setup-demo setup-extra demo results seeds serve bench test test-all clean
 
 setup: $(VENV)/.installed
+setup-demo: $(VENV)/.installed-demo
 setup-extra: $(VENV)/.installed-extra
 
 $(VENV)/.installed: requirements.txt
@@ -23,22 +23,36 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-extra: requirements-extra.txt $(VENV)/.installed
+$(VENV)/.installed-demo: requirements-demo.txt $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt
+	touch $@
+
+$(VENV)/.installed-extra: requirements-extra.txt $(VENV)/.installed-demo
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extra.txt
 	touch $@
 
 ifeq ($(SIZE),smoke)
 SFT_FLAGS := --max_seq_len 512
 PPO_FLAGS := --force
-MEGABYTES := 0.3
-VOCAB := 1024
-PROMPTS := 24
-JUDGED := 16
-EXAMPLES := 400
+MEGABYTES ?= 0.3
+VOCAB ?= 1024
+PROMPTS ?= 24
+JUDGED ?= 16
+EXAMPLES ?= 400
 endif
+ifeq ($(SIZE),results)
+MEGABYTES ?= 40
+PROMPTS ?= 1500
+JUDGED ?= 1000
+EXAMPLES ?= 40000
+BEST_OF ?= 16
+endif
+MEGABYTES ?= 4
+VOCAB ?= 4096
 PROMPTS ?= 600
 JUDGED ?= 200
 EXAMPLES ?= 12000
+BEST_OF ?= 4
 
 # The whole chain. Each stage is a plain command; its .done says that it is through, so a broken chain goes on where it
 # stopped, inside a training run from its last checkpoint.
@@ -46,17 +60,39 @@ TEXT := $(OUT)/text
 ASKED := $(OUT)/instructions
 FEEDBACK := $(OUT)/feedback
 POLICY := $(OUT)/ppo
+JUDGE := --prompts $(ASKED)/prompts_val.jsonl --requests $(ASKED)/requests.jsonl --max_new_tokens 48
+ifeq ($(DATA),)
+TRAIN := $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt
+VAL := --val_input $(TEXT)/val.en.txt,$(TEXT)/val.zh.txt --entropy_bound $(TEXT)/entropy_bound.json
+else
+TRAIN := $(DATA)
+endif
 
-# $(call stage,DIRECTORY,SCRIPT,FLAGS): train, or go on with what is there
+# $(call stage,DIRECTORY,SCRIPT,FLAGS): train, or go on with what is there; then say whether it is where it usually is
 define stage
 if ls -d $(1)/checkpoints/[0-9]* > /dev/null 2>&1; then $(PY) $(2) --resume --out_dir $(1); \
 	else $(PY) $(2) --config $(SIZE) $(3) --out_dir $(1); fi
+$(if $(filter pretrain sft reward,$(notdir $(1))),$(PY) report.py --out_dir $(OUT) --expected expected/$(SIZE) --check $(notdir $(1)))
 touch $(1)/.done
 endef
 
-demo: setup $(OUT)/evaluation.json
-	$(PY) evaluate.py --runs "$(OUT)/*"
+demo: setup-demo $(OUT)/evaluation.json
+	$(PY) report.py --out_dir $(OUT) --expected expected/$(SIZE)
 	@echo 'Talk to it: $(PY) generate.py --model $(POLICY) --chat'
+	@echo 'or with pages: make serve OUT=$(OUT)'
+
+# The longer runs behind the numbers in LOG.md: the chain, and the last two stages with two more seeds.
+results:
+	$(MAKE) SIZE=results OUT=$(OUT)/results demo seeds
+
+seeds: $(OUT)/evaluation-1.json $(OUT)/evaluation-2.json $(OUT)/curve.json
+
+serve: setup-demo
+	$(PY) serve.py --models $(POLICY),$(OUT)/sft,$(OUT)/pretrain --reward_model $(OUT)/reward \
+		--samples $(FEEDBACK)/samples.jsonl --ratings $(FEEDBACK)/people.jsonl --thumbs $(FEEDBACK)/thumbs.jsonl
+
+bench: setup-extra
+	$(PY) bench.py --config 6x384 --compare --threads 1
 
 $(TEXT)/.done $(ASKED)/.done: | $(VENV)/.installed
 
@@ -65,17 +101,16 @@ $(TEXT)/.done:
 	touch $@
 
 $(ASKED)/.done:
-	$(PY) -m data.instructions --out_dir $(ASKED) --examples $(EXAMPLES)
+	$(PY) -m data.instructions --out_dir $(ASKED) --examples $(EXAMPLES) $(if $(filter results,$(SIZE)),--prompts 6000)
 	touch $@
 
 $(OUT)/tokenizer/.done: $(TEXT)/.done $(ASKED)/.done
-	$(PY) tokenizer.py --input $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt,$(ASKED)/said_train.txt \
+	$(PY) tokenizer.py --input $(TRAIN),$(ASKED)/said_train.txt \
 		--vocab_size $(VOCAB) --out_dir $(OUT)/tokenizer
 	touch $@
 
 $(OUT)/data/.done: $(OUT)/tokenizer/.done
-	$(PY) -m data.prepare --input $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt --val_input $(TEXT)/val.en.txt,$(TEXT)/val.zh.txt \
-		--entropy_bound $(TEXT)/entropy_bound.json --tokenizer $(OUT)/tokenizer --out_dir $(OUT)/data
+	$(PY) -m data.prepare --input $(TRAIN) $(VAL) --tokenizer $(OUT)/tokenizer --out_dir $(OUT)/data
 	touch $@
 
 $(OUT)/pretrain/.done: $(OUT)/data/.done
@@ -83,7 +118,7 @@ $(OUT)/pretrain/.done: $(OUT)/data/.done
 
 $(OUT)/tales.txt: $(OUT)/pretrain/.done
 	$(PY) generate.py --model $(OUT)/pretrain --samples 40 --max_new_tokens 240 --temperature 0.5 > $@.part
-	$(PY) -m data.world --recognise $@.part --tales 10
+	$(if $(DATA),,$(PY) -m data.world --recognise $@.part --tales 10)
 	mv $@.part $@
 
 $(OUT)/sft/.done: $(OUT)/tales.txt $(ASKED)/.done
@@ -108,8 +143,23 @@ $(POLICY)/.done: $(OUT)/reward/.done
 		--data $(ASKED)/prompts_train.jsonl $(PPO_FLAGS))
 
 $(OUT)/evaluation.json: $(POLICY)/.done
-	$(PY) evaluate.py --models $(OUT)/sft,$(POLICY) --prompts $(ASKED)/prompts_val.jsonl --requests $(ASKED)/requests.jsonl \
-		--reward_model $(OUT)/reward --limit $(JUDGED) --max_new_tokens 48 --show 3 --out $@
+	$(PY) evaluate.py --models $(OUT)/sft,$(POLICY),$(OUT)/pretrain $(JUDGE) --limit $(JUDGED) --show 8 \
+		--reward_model $(OUT)/reward --best_of $(BEST_OF) --out $@
+
+$(OUT)/reward-%/.done: $(FEEDBACK)/rankings.jsonl
+	$(call stage,$(OUT)/reward-$*,reward.py,--init_from $(OUT)/sft --data $(FEEDBACK)/rankings.jsonl \
+		--normalize_on $(FEEDBACK)/samples.jsonl --seed $*)
+
+$(OUT)/ppo-%/.done: $(OUT)/reward-%/.done
+	$(call stage,$(OUT)/ppo-$*,ppo.py,--init_from $(OUT)/sft --reward_model $(OUT)/reward-$* \
+		--data $(ASKED)/prompts_train.jsonl --seed $*)
+
+$(OUT)/evaluation-%.json: $(OUT)/ppo-%/.done
+	$(PY) evaluate.py --models $(OUT)/sft,$(OUT)/ppo-$* $(JUDGE) --limit $(JUDGED) --reward_model $(OUT)/reward-$* --out $@
+
+$(OUT)/curve.json: $(OUT)/evaluation.json
+	$(PY) evaluate.py --models "$(OUT)/sft,$(POLICY)/weights/*" $(JUDGE) --limit 256 --reward_model $(OUT)/reward \
+		--best_of 64 --out $@
 
 test: setup-extra
 	$(PY) -m pytest

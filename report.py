@@ -4,7 +4,7 @@
     python report.py --out_dir out --check sft  # is this stage where it usually is?
 
 It reads the log.jsonl of each stage, reward/report.json, and what evaluate.py wrote (evaluation.json; curve.json of weights
-that --keep_every kept). expected/STAGE.json holds [low, mean, high] of the demo's numbers over seeds. The page loads
+that --keep_every kept). expected/demo/STAGE.json holds [low, mean, high] of the demo's numbers over seeds. The page loads
 nothing from elsewhere, follows the reader's light or dark setting, and needs no colour to be read: lines differ in dash.
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 
 from cli import UserError, need, option, parse_config, run, write_text
 
-EXPECTED = Path(__file__).parent / "expected"
 STAGES = {      # directory -> (title, paper, what its numbers mean)
     "pretrain": ("Pretraining", "Radford et al. 2019", "next-token loss on the tales of the story world"),
     "sft": ("Instruction tuning", "Ouyang et al. 2022, step 1", "loss on the assistant's words alone"),
@@ -49,6 +48,7 @@ dt { color: var(--soft); font-size: .85rem; } dd { margin: 0 0 .5rem; white-spac
 class ReportConfig:
     """Put what a chain reached on one page."""
     out_dir: str = option("out", "directory that holds pretrain, sft, reward, ppo and evaluation.json")
+    expected: str = option(str(Path(__file__).parent / "expected" / "demo"), "directory of the usual numbers, a file a stage")
     check: str = option("", "only say whether this stage is where it usually is")
 
 
@@ -57,13 +57,13 @@ def main(config):
     if config.check:
         if config.check not in STAGES:
             raise UserError(f"--check {config.check}: there are {', '.join(STAGES)}")
-        print(*check(config.check, reached(out, config.check)), sep="\n")
+        print(*check(config.check, out, config.expected), sep="\n")
         return
     if not any((out / stage / "log.jsonl").exists() for stage in STAGES):
         raise UserError(f"--out_dir {out}: no log of {', '.join(STAGES)} in it; run make demo, or give its OUT")
     need("matplotlib", "matplotlib")
-    write_text(out / "report.html", page(out))
-    print(terminal_table(out))
+    write_text(out / "report.html", page(out, config.expected))
+    print(terminal_table(out, config.expected))
     print(f"curves and replies: {out / 'report.html'}")
 
 
@@ -111,11 +111,11 @@ def reached(out, stage):
     return {k: v for k, v in found.items() if stage != "pretrain" or k.startswith("bits")}
 
 
-def check(stage, found):
+def check(stage, out, usual):
     """A line for each number of a stage: where it is beside where it usually is."""
-    expected = read_json(EXPECTED / f"{stage}.json")
+    expected = read_json(Path(usual) / f"{stage}.json")
     lines = []
-    for name, value in found.items():
+    for name, value in reached(out, stage).items():
         band = expected.get(name)
         place = "no expectation" if not band else (
             f"{'as expected' if band[0] <= value <= band[2] else 'NOT AS EXPECTED'}: {band[0]:g} to {band[2]:g}, "
@@ -124,12 +124,12 @@ def check(stage, found):
     return lines or [f"{stage}: nothing is there yet"]
 
 
-def terminal_table(out):
+def terminal_table(out, usual):
     """One line a number: stage, minutes, what it reached, the expected band."""
     lines = [f"{'stage':20} {'minutes':>7}  reached, and where the demo usually is"]
     for stage, (title, *_) in STAGES.items():
         log = read_log(out / stage / "log.jsonl")
-        for i, line in enumerate(check(stage, reached(out, stage)) if log else ()):
+        for i, line in enumerate(check(stage, out, usual) if log else ()):
             first = f"{title:20} {minutes(log):7.1f}" if i == 0 else " " * 28
             lines.append(f"{first}  {line.removeprefix(f'{stage}: ')}")
     return "\n".join(lines)
@@ -228,12 +228,12 @@ def calibration(report):
 
 # ---- the page
 
-def page(out):
+def page(out, usual):
     """The whole HTML."""
     logs = {stage: read_log(out / stage / "log.jsonl") for stage in STAGES}
     evaluation, curve, report = (read_json(out / name) for name in ("evaluation.json", "curve.json", "reward/report.json"))
     bound = read_json(out / "text" / "entropy_bound.json")
-    parts = [f"<h1>Sprout: what this run reached</h1>{stage_table(out, logs)}"]
+    parts = [f"<h1>Sprout: what this run reached</h1>{stage_table(out, logs, usual)}"]
     panels = {
         "pretrain": [
             (curves(logs["pretrain"], ["loss", "val_loss"], "nats a token", smoothed=["loss"]), "Loss; that of steps smoothed."),
@@ -289,11 +289,11 @@ def verdict(stage, report):
             f"{'passed' if gate['passed'] else 'not passed'}. Without a model: {html.escape(baselines)}.</p>")
 
 
-def stage_table(out, logs):
+def stage_table(out, logs, usual):
     """Stages with minutes, numbers and expected bands, as HTML."""
     rows = "".join(
         f"<tr><td>{title}</td><td>{minutes(logs[stage]):.1f}</td><td>"
-        + "<br>".join(html.escape(line.removeprefix(f"{stage}: ")) for line in check(stage, reached(out, stage))) + "</td></tr>"
+        + "<br>".join(html.escape(line.removeprefix(f"{stage}: ")) for line in check(stage, out, usual)) + "</td></tr>"
         for stage, (title, *_) in STAGES.items() if logs[stage])
     return f"<div class='wide'><table><tr><th>stage</th><th>minutes</th><th>reached</th></tr>{rows}</table></div>"
 

@@ -6,7 +6,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-import report
 from cli import UserError
 from report import STAGES, ReportConfig, check, drawing, main, minutes, page, read_log, reached, smooth, terminal_table
 
@@ -61,7 +60,7 @@ def out(tmp_path):
 def test_the_page_is_whole_loads_nothing_and_shows_replies_as_text(out):
     pytest.importorskip("matplotlib")
     reader = Balanced()
-    reader.feed(page(out))
+    reader.feed(page(out, "nowhere"))
     assert reader.open == [] and reader.loads == []
     text = " ".join(reader.text)
     assert "Tell </figure> <script>alert(1)</script> 故事" in text and "<img src=x>" in text and "(nothing)" in text
@@ -73,7 +72,7 @@ def test_a_chain_that_has_only_begun_has_a_page(out):
     pytest.importorskip("matplotlib")
     for name in ("sft/log.jsonl", "reward/log.jsonl", "reward/report.json", "ppo/log.jsonl", "evaluation.json"):
         (out / name).unlink()
-    assert "Pretraining" in page(out) and "PPO" not in terminal_table(out)
+    assert "Pretraining" in page(out, "nowhere") and "PPO" not in terminal_table(out, "nowhere")
     (out / "pretrain" / "log.jsonl").unlink()
     with pytest.raises(UserError, match="no log of"):
         main(ReportConfig(out_dir=str(out)))
@@ -86,11 +85,10 @@ def test_a_drawing_has_the_page_s_colours_and_the_data(out):
     assert drawing(lambda axes: axes.plot([0, 1], [1, 5])) == drawing(lambda axes: axes.plot([0, 1], [1, 5]))
 
 
-def test_numbers_stand_beside_where_they_usually_are(out, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "EXPECTED", tmp_path)
+def test_numbers_stand_beside_where_they_usually_are(out, tmp_path, capsys):
     (tmp_path / "sft.json").write_text(json.dumps({"val_loss": [0.9, 1.0, 1.1], "val_accuracy": [0.8, 0.85, 0.9]}))
     assert reached(out, "sft") == {"val_loss": 1.0, "val_accuracy": 0.7}
-    lines = check("sft", reached(out, "sft"))
+    lines = check("sft", out, tmp_path)
     assert "as expected: 0.9 to 1.1" in lines[0] and "NOT AS EXPECTED: 0.8 to 0.9" in lines[1]
     assert reached(out, "ppo") == {"gold_units": 0.8, "kl": 3.0, "win_rate": 0.5, "ended": 0.9}
     assert reached(out, "pretrain") == {"bits_per_byte_en": 0.5, "bits_per_byte_zh": 0.6}
