@@ -10,6 +10,7 @@ PY := $(BIN)/python
 
 OUT ?= out
 SIZE ?= demo
+SEED ?= 0
 DATA ?=
 
 .PHONY: setup setup-demo setup-extra demo results seeds serve bench test test-all clean
@@ -71,7 +72,7 @@ endif
 # $(call stage,DIRECTORY,SCRIPT,FLAGS): train, or go on with what is there; then say whether it is where it usually is
 define stage
 if ls -d $(1)/checkpoints/[0-9]* > /dev/null 2>&1; then $(PY) $(2) --resume --out_dir $(1); \
-	else $(PY) $(2) --config $(SIZE) $(3) --out_dir $(1); fi
+	else $(PY) $(2) --config $(SIZE) --seed $(SEED) $(3) --out_dir $(1); fi
 $(if $(filter pretrain sft reward,$(notdir $(1))),$(PY) report.py --out_dir $(OUT) --expected expected/$(SIZE) --check $(notdir $(1)))
 touch $(1)/.done
 endef
