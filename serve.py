@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from batches import draws, score_replies
 from checkpoint import load_model
 from cli import UserError, need, option, parse_config, run
@@ -117,6 +119,7 @@ class Worker(threading.Thread):
                 self.submitted.qsize() + sum(map(len, self.waiting.values())))
 
     def run(self):
+        """Work while there are rows, else sleep until some are submitted."""
         while True:
             idle = self.counts() == (0, 0)
             while idle or not self.submitted.empty():
@@ -192,20 +195,6 @@ class Choice:
         piece = self.tokenizer.decode([id])
         raw = self.tokenizer.token_bytes[id] if id < len(self.tokenizer.token_bytes) else None
         return {"token": piece, "bytes": None if raw is None else list(raw)}
-
-    def chat_logprobs(self, since=0):
-        """Log-probabilities of the tokens from number `since` on, in the form of chat completions."""
-        return {"content": [{**self.token(id), "logprob": logprob,
-                             "top_logprobs": [{**self.token(i), "logprob": x} for i, x in best]}
-                            for _, id, logprob, best in self.logprobs[since:]]}
-
-    def text_logprobs(self, since=0):
-        """The same in the form of completions."""
-        entries = self.logprobs[since:]
-        return {"tokens": [self.token(id)["token"] for _, id, _, _ in entries],
-                "token_logprobs": [logprob for *_, logprob, _ in entries],
-                "top_logprobs": [{self.token(i)["token"]: x for i, x in best} for *_, best in entries],
-                "text_offset": [at for at, *_ in entries]}
 
 
 # ---- requests
@@ -315,71 +304,41 @@ def jobs_for(prompts, body, model, tokenizer, n, top_logprobs):
             for p, prompt in enumerate(prompts) for i, seed in enumerate(seeds)]
 
 
-# ---- the application
+# ---- answering
 
-def make_app(config):
-    """The FastAPI application, with its models loaded and its worker running."""
-    fastapi = need("fastapi", "fastapi uvicorn")
-    responses, static = need("fastapi.responses", "fastapi"), need("fastapi.staticfiles", "fastapi")
-    concurrency = need("fastapi.concurrency", "fastapi")
-    device, models, tokenizers, stages = pick_device(config.device), {}, {}, {}
-    if config.threads:
-        import torch
-        torch.set_num_threads(config.threads)
-    for spec in filter(None, map(str.strip, config.models.split(","))):
-        name, _, path = spec.rpartition("=")
-        name = name or Path(path.rstrip("/")).name
-        if name in models:
-            raise UserError(f"two models are called {name!r}; name them, --models a={path},b=...")
-        models[name], tokenizers[name], stored = load_model(path, device)
-        stages[name] = stored["stage"]
-        if not isinstance(models[name], LanguageModel):
-            raise UserError(f"model {path} gives scores, not text; it can be the --reward_model")
-    if not models:
-        raise UserError("--models is empty; give at least one directory of a training run")
-    judge = load_model(config.reward_model, device) if config.reward_model else None
-    if judge and not isinstance(judge[0], ScalarModel):
-        raise UserError(f"reward_model {config.reward_model} gives text, not scores")
-    samples = read_samples(config.samples) if config.samples else {}
-    worker, started, written, writing = Worker(models, config.max_rows), int(time.time()), set(), threading.Lock()
+class Server:
+    """What the requests share: models, the worker, files; and an answer to each kind of request."""
 
-    @asynccontextmanager
-    async def lifespan(app):
-        worker.start()
-        yield
+    def __init__(self, config):
+        self.config, self.started, device = config, int(time.time()), pick_device(config.device)
+        self.models, self.stages = {}, {}
+        for spec in filter(None, map(str.strip, config.models.split(","))):
+            name, _, path = spec.rpartition("=")
+            name = name or Path(path.rstrip("/")).name
+            if name in self.models:
+                raise UserError(f"two models are called {name!r}; name them, --models a={path},b=...")
+            model, tokenizer, stored = load_model(path, device)
+            if not isinstance(model, LanguageModel):
+                raise UserError(f"model {path} gives scores, not text; it can be the --reward_model")
+            self.models[name], self.stages[name] = (model, tokenizer), stored["stage"]
+        if not self.models:
+            raise UserError("--models is empty; give at least one directory of a training run")
+        self.judge = load_model(config.reward_model, device) if config.reward_model else None
+        if self.judge and not isinstance(self.judge[0], ScalarModel):
+            raise UserError(f"reward_model {config.reward_model} gives text, not scores")
+        self.samples = read_samples(config.samples) if config.samples else {}
+        self.worker = Worker({name: model for name, (model, _) in self.models.items()}, config.max_rows)
+        self.written, self.writing = set(), threading.Lock()
 
-    app = fastapi.FastAPI(title="Sprout", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-
-    @app.exception_handler(Refusal)
-    async def refuse(request, error):
-        kind = "server_error" if error.status >= 500 else "invalid_request_error"
-        content = {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
-        return responses.JSONResponse(content, error.status, {"Retry-After": "1"} if error.status == 429 else None)
-
-    @app.exception_handler(fastapi.exceptions.StarletteHTTPException)
-    async def not_there(request, error):
-        return await refuse(request, Refusal(error.status_code, f"{request.url.path}: {error.detail}"))
-
-    @app.middleware("http")
-    async def guard(request, call_next):
-        if config.api_key and request.url.path.startswith(("/v1/", "/thumbs", "/rate/", "/score")):
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), config.api_key.encode()):
-                return await refuse(request, Refusal(401, "wrong or missing API key; send it as bearer token", None,
-                                                     "invalid_api_key"))
-        response = await call_next(request)
-        response.headers.update(HEADERS)
-        return response
-
-    async def read_body(request):
+    async def read_body(self, request):
         """The JSON object of a request."""
         if not request.headers.get("content-type", "").startswith("application/json"):
             raise Refusal(415, "send application/json")                 # so no other site's form can post here
         size, parts = 0, []
         async for part in request.stream():
             size += len(part)
-            if size > config.max_body:
-                raise Refusal(413, f"the request is larger than {config.max_body:,} bytes; shorten it")
+            if size > self.config.max_body:
+                raise Refusal(413, f"the request is larger than {self.config.max_body:,} bytes; shorten it")
             parts.append(part)
         try:
             body = json.loads(b"".join(parts))
@@ -389,137 +348,94 @@ def make_app(config):
             raise Refusal(400, "the body must be a JSON object")
         return body
 
-    def chosen(body):
+    def chosen(self, body):
         """(name, model, tokenizer) that a request asks for; the first where it names none."""
-        name = body.get("model") or next(iter(models))
-        if name not in models:
-            raise Refusal(404, f"model {name!r} is not here; there are {', '.join(models)}", "model", "model_not_found")
-        return name, models[name], tokenizers[name]
+        name = body.get("model") or next(iter(self.models))
+        if name not in self.models:
+            raise Refusal(404, f"model {name!r} is not here; there are {', '.join(self.models)}", "model", "model_not_found")
+        return name, *self.models[name]
 
-    def start(name, jobs):
-        """Send jobs to the worker, unless too many wait already."""
-        if worker.counts()[1] + len(jobs) > config.max_waiting:
-            raise Refusal(429, f"{config.max_waiting} responses wait already; try again in a moment")
-        worker.submit(name, jobs)
+    async def chat_completions(self, request):
+        """POST /v1/chat/completions."""
+        body = await self.read_body(request)
+        name, model, tokenizer = self.chosen(body)
+        top_logprobs = number(body, "top_logprobs", 0, 0, 20, int) if flag(body, "logprobs") else -1
+        return await self.complete(request, body, [chat_prompt(body, tokenizer)], top_logprobs, ChatForm)
 
-    async def arrivals(request, jobs, choices):
-        """(choice, its new text) as tokens arrive, until all have ended or the client has gone."""
-        try:
-            while any(choice.reason is None for choice in choices):
-                try:
-                    item = await asyncio.wait_for(jobs[0].inbox.get(), PATIENCE)
-                except TimeoutError:
-                    if await request.is_disconnected():
-                        return
-                    continue
-                if isinstance(item, Exception):
-                    raise Refusal(500, f"the model failed: {item}")
-                index, id, logprob, last = item
-                if choices[index].reason is None:                       # else a token that was under way at its end
-                    new = choices[index].push(id, logprob, last, jobs[index].stop_ids)
-                    jobs[index].ended = choices[index].reason is not None
-                    yield index, new
-        finally:
-            for job in jobs:
-                job.ended = True
+    async def completions(self, request):
+        """POST /v1/completions."""
+        body = await self.read_body(request)
+        name, model, tokenizer = self.chosen(body)
+        return await self.complete(request, body, text_prompts(body, tokenizer), number(body, "logprobs", -1, 0, 20, int),
+                                   TextForm)
 
-    def usage(prompts, choices):
-        n_prompt, n_new = sum(map(len, prompts)), sum(choice.n_tokens for choice in choices)
-        return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
-
-    async def complete(request, body, prompts, n, top_logprobs, form):
-        """Answer a checked request, whole or as a stream. form: "chat" or "text"."""
-        name, model, tokenizer = chosen(body)
+    async def complete(self, request, body, prompts, top_logprobs, form):
+        """Answer a checked request, whole or as a stream."""
+        name, model, tokenizer = self.chosen(body)
         streaming, stops = flag(body, "stream"), stop_strings(body)
         options = body.get("stream_options") or {}
-        with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        jobs = jobs_for(prompts, body, model, tokenizer, n, top_logprobs)
+        jobs = jobs_for(prompts, body, model, tokenizer, number(body, "n", 1, 1, 16, int), top_logprobs)
         choices = [Choice(tokenizer, stops) for _ in jobs]
-        kind = "chat.completion" if form == "chat" else "text_completion"
-        head = {"id": f"{'chatcmpl' if form == 'chat' else 'cmpl'}-{secrets.token_hex(12)}", "created": int(time.time()),
-                "model": name}
-        noted = [0] * len(choices)                                      # log-probabilities already sent, by choice
-        start(name, jobs)
-
-        def shown(index, key, content):
-            choice, said = choices[index], None
-            if top_logprobs >= 0:
-                said = choice.chat_logprobs(noted[index]) if form == "chat" else choice.text_logprobs(noted[index])
-                noted[index] = len(choice.logprobs)
-            return {"index": index, key: content, "logprobs": said, "finish_reason": choice.reason}
-
-        async def events():
-            def event(parts, **more):
-                chunk = head | {"object": "chat.completion.chunk" if form == "chat" else kind, "choices": parts} | more
-                return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-            try:
-                if form == "chat":
-                    for index in range(len(choices)):
-                        yield event([{"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
-                                      "finish_reason": None}])
-                async for index, new in arrivals(request, jobs, choices):
-                    if new or choices[index].reason:
-                        delta = {"content": new} if new else {}
-                        yield event([shown(index, "delta", delta) if form == "chat" else shown(index, "text", new)])
-                if with_usage:
-                    yield event([], usage=usage(prompts, choices))
-            except Refusal as error:
-                yield f"data: {json.dumps({'error': {'message': error.message, 'type': 'server_error'}})}\n\n"
-            yield "data: [DONE]\n\n"
-
+        if self.worker.counts()[1] + len(jobs) > self.config.max_waiting:
+            raise Refusal(429, f"{self.config.max_waiting} responses wait already; try again in a moment")
+        self.worker.submit(name, jobs)
+        answer = form(name, choices, top_logprobs >= 0, sum(map(len, prompts)))
         if streaming:
-            return responses.StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+            return need("fastapi.responses", "fastapi").StreamingResponse(
+                events(answer, arrivals(request, jobs, choices), with_usage), media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache"})
         async for _ in arrivals(request, jobs, choices):
             pass
-        parts = [shown(i, "message", {"role": "assistant", "content": choice.text, "refusal": None}) if form == "chat"
-                 else shown(i, "text", choice.text) for i, choice in enumerate(choices)]
-        return head | {"object": kind, "choices": parts, "usage": usage(prompts, choices)}
+        return answer.whole()
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: fastapi.Request):
-        body = await read_body(request)
-        name, model, tokenizer = chosen(body)
-        top = number(body, "top_logprobs", 0, 0, 20, int) if flag(body, "logprobs") else -1
-        return await complete(request, body, [chat_prompt(body, tokenizer)], number(body, "n", 1, 1, 16, int), top, "chat")
-
-    @app.post("/v1/completions")
-    async def completions(request: fastapi.Request):
-        body = await read_body(request)
-        name, model, tokenizer = chosen(body)
-        return await complete(request, body, text_prompts(body, tokenizer), number(body, "n", 1, 1, 16, int),
-                              number(body, "logprobs", -1, 0, 20, int), "text")
-
-    @app.get("/v1/models")
-    async def list_models():
+    async def list_models(self, request):
+        """GET /v1/models."""
         return {"object": "list", "data": [
-            {"id": name, "object": "model", "created": started, "owned_by": "sprout", "stage": stages[name],
-             "context_length": model.config.max_seq_len} for name, model in models.items()]}
+            {"id": name, "object": "model", "created": self.started, "owned_by": "sprout", "stage": self.stages[name],
+             "context_length": model.config.max_seq_len} for name, (model, _) in self.models.items()]}
 
-    @app.get("/health")
-    async def health():
-        if not worker.is_alive():
+    async def health(self, request):
+        """GET /health."""
+        if not self.worker.is_alive():
             raise Refusal(500, "the models' thread has ended; start the server again")
-        computed, waiting = worker.counts()
-        return {"status": "ok", "models": list(models), "reward_model": bool(judge), "samples": len(samples),
-                "rows": computed, "waiting": waiting}
+        computed, waiting = self.worker.counts()
+        return {"status": "ok", "models": list(self.models), "reward_model": bool(self.judge),
+                "samples": len(self.samples), "rows": computed, "waiting": waiting}
 
-    @app.post("/score")
-    async def score(request: fastapi.Request):
-        body = await read_body(request)
-        if not judge:
+    async def score(self, request):
+        """POST /score {messages, reply}: what the reward model says."""
+        body = await self.read_body(request)
+        if not self.judge:
             raise Refusal(404, "there is no reward model; start the server with --reward_model")
-        model, tokenizer, _ = judge
+        model, tokenizer, _ = self.judge
         prompt, reply = chat_prompt(body, tokenizer), body.get("reply")
         if not isinstance(reply, str):
             raise Refusal(400, "reply must be text", "reply")
         ids = [*tokenizer.encode(reply.strip()), tokenizer.im_end_id]
         if len(ids) > model.config.max_seq_len:
             raise Refusal(400, f"reply has {len(ids)} tokens, the reward model reads {model.config.max_seq_len}", "reply")
-        found = await concurrency.run_in_threadpool(score_replies, model, [prompt], [ids], tokenizer.im_end_id)
-        return {"score": float(found[0])}
+        found = await asyncio.to_thread(score_replies, model, [prompt], [ids], tokenizer.im_end_id)
+        return {"score": found.item()}
 
-    async def write_once(body, path, check, keys):
+    # What people think.
+
+    async def thumbs(self, request):
+        """POST /thumbs {messages, reply, model, thumb, nonce}."""
+        return await self.write_once(request, self.config.thumbs, check_thumb, ("messages", "reply", "model", "thumb"))
+
+    async def rated(self, request):
+        """POST /rate/ratings: a line of ratings.jsonl, with a nonce."""
+        def check(record):
+            check_rating(record, self.samples)
+            if not isinstance(record["annotator"], str) or not record["annotator"].strip():
+                raise UserError("annotator is empty; give your name")
+        return await self.write_once(request, self.config.ratings, check,
+                                     ("sample", "annotator", "kind", "ranking", "scores"))
+
+    async def write_once(self, request, path, check, keys):
         """Append a checked record to a file, one time however often it is sent."""
+        body = await self.read_body(request)
         nonce, record = body.get("nonce"), {key: body[key] for key in keys if key in body}
         record["time"] = round(time.time(), 1)
         try:
@@ -528,43 +444,202 @@ def make_app(config):
             raise Refusal(400, str(error))
 
         def write():
-            with writing:
-                if nonce is None or nonce not in written:
+            with self.writing:
+                if not isinstance(nonce, str) or nonce not in self.written:
                     Path(path).parent.mkdir(parents=True, exist_ok=True)
                     append(path, record)
-                    written.add(nonce)
-        await concurrency.run_in_threadpool(write)
+                    self.written.add(nonce)
+        await asyncio.to_thread(write)
         return {"written": True}
 
-    @app.post("/thumbs")
-    async def thumbs(request: fastapi.Request):
-        return await write_once(await read_body(request), config.thumbs, check_thumb,
-                                ("messages", "reply", "model", "thumb"))
-
-    @app.get("/rate/samples")
-    async def to_rate(annotator: str = "", kind: str = "ranking"):
+    async def to_rate(self, request):
+        """GET /rate/samples?annotator=NAME&kind=KIND: what this person has not judged, in an order of their own."""
+        annotator, kind = request.query_params.get("annotator", ""), request.query_params.get("kind", "ranking")
         if not annotator.strip() or annotator.startswith("simulated"):
             raise Refusal(400, f"annotator {annotator!r} is no name for a person; give yours", "annotator")
-        ratings = await concurrency.run_in_threadpool(read_ratings, config.ratings, samples)
-        done = {r["sample"]: r for r in ratings if (r["annotator"], r["kind"]) == (annotator, kind)}
-        some = [s for s in samples.values() if len(s["replies"]) > 1]
-        return {"done": sum(s["id"] in done for s in some), "total": len(some), "samples": [
-            {"id": s["id"], "messages": s["messages"], "replies": [
-                {"id": r["id"], "text": r["text"]} for r in in_order_of(annotator, s, kind)]}
-            for s in some if s["id"] not in done]}
+        ratings = await asyncio.to_thread(read_ratings, self.config.ratings, self.samples)
+        done = {r["sample"] for r in ratings if (r["annotator"], r["kind"]) == (annotator, kind)}
+        some = [sample for sample in self.samples.values() if len(sample["replies"]) > 1]
+        return {"done": sum(sample["id"] in done for sample in some), "total": len(some), "samples": [
+            {"id": sample["id"], "messages": sample["messages"], "replies": [
+                {"id": r["id"], "text": r["text"]} for r in in_order_of(annotator, sample, kind)]}
+            for sample in some if sample["id"] not in done]}
 
-    @app.post("/rate/ratings")
-    async def rated(request: fastapi.Request):
-        def check(record):
-            check_rating(record, samples)
-            if not isinstance(record["annotator"], str) or not record["annotator"].strip():
-                raise UserError("annotator is empty; give your name")
-        return await write_once(await read_body(request), config.ratings, check,
-                                ("sample", "annotator", "kind", "ranking", "scores"))
 
+async def arrivals(request, jobs, choices):
+    """(number of the choice, its new text) as tokens arrive, until all have ended or the client has gone."""
+    try:
+        while any(choice.reason is None for choice in choices):
+            try:
+                item = await asyncio.wait_for(jobs[0].inbox.get(), PATIENCE)
+            except TimeoutError:
+                if await request.is_disconnected():
+                    return
+                continue
+            if isinstance(item, Exception):
+                raise Refusal(500, f"the model failed: {item}")
+            index, id, logprob, last = item
+            if choices[index].reason is None:                       # else a token that was under way at its end
+                new = choices[index].push(id, logprob, last, jobs[index].stop_ids)
+                jobs[index].ended = choices[index].reason is not None
+                yield index, new
+    finally:
+        for job in jobs:
+            job.ended = True
+
+
+async def events(answer, news, with_usage):
+    """The lines of a stream of server-sent events."""
+    def line(content):
+        return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    try:
+        for chunk in answer.opening():
+            yield line(chunk)
+        async for index, new in news:
+            if new or answer.choices[index].reason:
+                yield line(answer.chunk(index, new))
+        if with_usage:
+            yield line(answer.head | {"object": answer.streamed, "choices": [], "usage": answer.usage()})
+    except Refusal as error:
+        yield line({"error": {"message": error.message, "type": "server_error"}})
+    yield "data: [DONE]\n\n"
+
+
+class ChatForm:
+    """An answer as chat completions write it."""
+    id, object, streamed = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model, choices, with_logprobs, n_prompt):
+        self.choices, self.with_logprobs, self.n_prompt = choices, with_logprobs, n_prompt
+        self.head = {"id": f"{self.id}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self.sent = [0] * len(choices)                              # log-probabilities so far, by choice
+
+    def usage(self):
+        """Tokens read and written."""
+        n_new = sum(choice.n_tokens for choice in self.choices)
+        return {"prompt_tokens": self.n_prompt, "completion_tokens": n_new, "total_tokens": self.n_prompt + n_new}
+
+    def opening(self):
+        """What a stream begins with."""
+        return [self.part(i, {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
+                for i in range(len(self.choices))]
+
+    def chunk(self, index, new):
+        """A piece of a stream."""
+        return self.part(index, self.content(index, new) | self.state(index))
+
+    def content(self, index, new):
+        return {"delta": {"content": new} if new else {}}
+
+    def part(self, index, content):
+        return self.head | {"object": self.streamed, "choices": [{"index": index, **content}]}
+
+    def state(self, index):
+        """Log-probabilities that were not sent yet, and why the choice has ended."""
+        choice, said = self.choices[index], None
+        if self.with_logprobs:
+            said = self.logprobs(choice, choice.logprobs[self.sent[index]:])
+            self.sent[index] = len(choice.logprobs)
+        return {"logprobs": said, "finish_reason": choice.reason}
+
+    def whole(self):
+        """The answer in one piece."""
+        return self.head | {"object": self.object, "usage": self.usage(), "choices": [
+            {"index": i, **self.final(choice.text), **self.state(i)} for i, choice in enumerate(self.choices)]}
+
+    def final(self, text):
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def logprobs(self, choice, entries):
+        """Log-probabilities of some tokens."""
+        return {"content": [{**choice.token(id), "logprob": logprob,
+                             "top_logprobs": [{**choice.token(i), "logprob": x} for i, x in best]}
+                            for _, id, logprob, best in entries]}
+
+
+class TextForm(ChatForm):
+    """An answer as completions write it."""
+    id = "cmpl"
+    object = streamed = "text_completion"
+
+    def opening(self):
+        return []
+
+    def content(self, index, new):
+        return {"text": new}
+
+    def final(self, text):
+        return {"text": text}
+
+    def logprobs(self, choice, entries):
+        """The same as lists side by side."""
+        return {"tokens": [choice.token(id)["token"] for _, id, _, _ in entries],
+                "token_logprobs": [logprob for _, _, logprob, _ in entries],
+                "top_logprobs": [{choice.token(i)["token"]: x for i, x in best} for *_, best in entries],
+                "text_offset": [at for at, *_ in entries]}
+
+
+# ---- the application
+
+def make_app(config):
+    """The FastAPI application, with its models loaded; the worker starts with it."""
+    fastapi, static = need("fastapi", "fastapi uvicorn"), need("fastapi.staticfiles", "fastapi")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    server = Server(config)
+
+    @asynccontextmanager
+    async def lifespan(app):
+        server.worker.start()
+        yield
+
+    app = fastapi.FastAPI(title="Sprout", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.middleware("http")(guard_of(config.api_key))
+    app.add_exception_handler(Refusal, refuse)
+    app.add_exception_handler(fastapi.exceptions.StarletteHTTPException, not_there)
+    for method, path, answer in (
+            ("POST", "/v1/chat/completions", server.chat_completions), ("POST", "/v1/completions", server.completions),
+            ("GET", "/v1/models", server.list_models), ("GET", "/health", server.health), ("POST", "/score", server.score),
+            ("POST", "/thumbs", server.thumbs), ("GET", "/rate/samples", server.to_rate),
+            ("POST", "/rate/ratings", server.rated)):
+        app.add_api_route(path, endpoint(answer, fastapi.Request), methods=[method])
     app.mount("/", static.StaticFiles(directory=WEB, html=True))
-    app.state.worker = worker
     return app
+
+
+def endpoint(answer, Request):
+    """`answer` as FastAPI wants it: with the type of its argument, which is known only where FastAPI is there."""
+    async def call(request):
+        return await answer(request)
+    call.__annotations__["request"] = Request
+    return call
+
+
+async def refuse(request, error):
+    """A Refusal as the API's own kind of error."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    content = {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    return need("fastapi.responses", "fastapi").JSONResponse(content, error.status,
+                                                             {"Retry-After": "1"} if error.status == 429 else None)
+
+
+async def not_there(request, error):
+    """A wrong path or method in the same form."""
+    return await refuse(request, Refusal(error.status_code, f"{request.url.path}: {error.detail}"))
+
+
+def guard_of(api_key):
+    """A middleware that asks for the key, and says what a browser may do with what we send."""
+    async def guard(request, call_next):
+        if api_key and request.url.path.startswith(("/v1/", "/thumbs", "/rate/", "/score")):
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), api_key.encode()):
+                return await refuse(request, Refusal(401, "wrong or missing API key; send it as bearer token", None,
+                                                     "invalid_api_key"))
+        response = await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+    return guard
 
 
 if __name__ == "__main__":
