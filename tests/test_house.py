@@ -167,8 +167,8 @@ def test_help_lists_every_option(path, monkeypatch, capsys):
 
 # ---- README.md
 
-def readme():
-    path = ROOT / "README.md"
+def readme(name="README.md"):
+    path = ROOT / name
     if not path.is_file():
         pytest.skip("no README.md yet")
     return path.read_text(encoding="utf-8")
@@ -226,6 +226,17 @@ def test_commands_in_the_readme_are_ones(monkeypatch, tmp_path):
         pytest.skip("no commands in README.md yet")
     monkeypatch.chdir(tmp_path)
     assert {" ".join(command): text for command in found if (text := wrong(command, monkeypatch))} == {}
+
+
+def test_both_readmes_have_the_same_commands_metrics_and_files():
+    english, chinese = readme(), readme("README.zh.md")
+    told_apart = {"Once upon a time", "从前"}
+    assert [[w for w in c if w not in told_apart] for c in commands(english)] == [
+        [w for w in c if w not in told_apart] for c in commands(chinese)]
+    assert table_of_metrics(english) == table_of_metrics(chinese)
+    files = [re.findall(r"`([\w/]+(?:\.\w+)?/?)`", text[text.index(start):text.index(end)]) for text, start, end in (
+        (english, "## The map", "## What it logs"), (chinese, "## 地图", "## 日志里的指标"))]
+    assert files[0] == files[1] and all((ROOT / name).exists() for name in files[0] if "/" in name or name.endswith("py"))
 
 
 @pytest.mark.parametrize("line", [
