@@ -162,11 +162,12 @@ $(OUT)/curve.json: $(OUT)/evaluation.json
 	$(PY) evaluate.py --models "$(OUT)/sft,$(POLICY)/weights/*" $(JUDGE) --limit 256 --reward_model $(OUT)/reward \
 		--best_of 64 --out $@
 
+# Two processes of one thread each; a test that fails alone fails there, too: python -m pytest tests/test_X.py
 test: setup-extra
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-all: setup-extra
-	$(PY) -m pytest -m "full or not full"
+	$(PY) -m pytest -n 2 --dist loadfile -m "full or not full"
 
 clean:
 	rm -rf $(OUT) .pytest_cache

@@ -35,11 +35,11 @@ body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--paper)
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; } p { margin: .3rem 0; }
 .soft, figcaption, th { color: var(--soft); font-weight: normal; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: 1rem; }
-figure { margin: 0; padding: .6rem; background: var(--box); border: 1px solid var(--line); border-radius: .6rem; }
+figure { margin: 0 0 .8rem; padding: .6rem; max-width: 60rem; background: var(--box); border: 1px solid var(--line); border-radius: .6rem; }
 figure svg { width: 100%; height: auto; display: block; } figcaption { font-size: .85rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { overflow-wrap: anywhere; } blockquote { margin: .2rem 0 .6rem; white-space: pre-wrap; }
+td:first-child { white-space: nowrap; } .alone { max-width: 34rem; } blockquote { margin: .2rem 0 .6rem; white-space: pre-wrap; }
 dt { color: var(--soft); font-size: .85rem; } dd { margin: 0 0 .5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
@@ -117,10 +117,10 @@ def check(stage, out, usual):
     lines = []
     for name, value in reached(out, stage).items():
         band = expected.get(name)
-        place = "no expectation" if not band else (
-            f"{'as expected' if band[0] <= value <= band[2] else 'NOT AS EXPECTED'}: {band[0]:g} to {band[2]:g}, "
-            f"mean {band[1]:g}")
-        lines.append(f"{stage}: {name} {value:.3f}  ({place})")
+        place = "" if not band else (
+            f"  ({'as expected' if band[0] <= value <= band[2] else 'NOT AS EXPECTED'}: {band[0]:g} to {band[2]:g}, "
+            f"mean {band[1]:g})")
+        lines.append(f"{stage}: {name} {value:.3f}{place}")
     return lines or [f"{stage}: nothing is there yet"]
 
 
@@ -264,7 +264,7 @@ def page(out, usual):
                    "True quality (gold) and the reward model's score against the distance from SFT. Where the score rises and "
                    "gold falls, the reward model is being fooled.")
     if drawn:
-        parts.append(f"<h2>Was it worth it?</h2>{policy_table(evaluation)}<div class='grid'>{drawn}</div>")
+        parts.append(f"<h2>Was it worth it?</h2>{policy_table(evaluation)}<div class='alone'>{drawn}</div>")
     if evaluation.get("transcripts"):
         parts.append(f"<h2>The same requests, answered by each</h2>{transcripts(evaluation['transcripts'])}")
     return ("<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, "
