@@ -1,8 +1,9 @@
 """How fast training and sampling are on this machine, beside its own matmul and beside Hugging Face's Llama.
 
-All ways are timed in one run, step by step in turn, so that a machine busy with other things slows them alike; medians
-are reported with the lowest and the highest. FLOPs: model.flops_per_token. MFU is the share of a large matmul's
-FLOP/s, measured between the steps in the same dtype with the same threads (Chowdhery et al. 2022, appendix B).
+All ways are timed in one run, step by step in turn, so that a machine busy with other things slows them
+alike; medians are reported with the lowest and the highest. FLOPs: model.flops_per_token. MFU is the share of
+a large matmul's FLOP/s, measured between the steps in the same dtype with the same threads (Chowdhery et al.
+2022, appendix B).
 """
 
 import json
@@ -14,14 +15,15 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, need, option, parse_config, run
+from cli import UserError, need, option, parse_config, run, write_text
 from generate import generate
 from model import LanguageModel, ModelConfig, count_params, flops_per_token
 from optim import make_optimizer
 from training import accumulate, at_least, autocast, clip_and_step, loss_scaler, matmul_peak, start_ranks, wrap
 
 PRESETS = {     # the shapes that LOG.md has numbers for
-    "6x384": dict(d_model=384, n_layers=6, n_heads=6, n_kv_heads=6, d_ff=1024, vocab_size=4096, max_seq_len=256,
+    "6x384": dict(d_model=384, n_layers=6, n_heads=6, n_kv_heads=6, d_ff=1024, vocab_size=4096,
+                  max_seq_len=256,
                   batch_size=16),
     "12x768": dict(d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, d_ff=2048, vocab_size=32_000,
                    max_seq_len=512, batch_size=2),
@@ -70,8 +72,8 @@ def main(config):
             profile(config, ranks)
         ranks.say(table(found))
         if config.out and ranks.is_main:
-            Path(config.out).write_text(json.dumps({"config": asdict(config), "found": found}, indent=1) + "\n",
-                                        encoding="utf-8")
+            text = json.dumps({"config": asdict(config), "found": found}, indent=1)
+            write_text(Path(config.out), text + "\n")
 
 
 def sizes(text):
@@ -89,7 +91,8 @@ def variants(config):
                                                batch_size=config.batch_size // factor)
             yield f"batch /{factor}", replace(config, batch_size=config.batch_size // factor)
     for factor in (0.5, 2):
-        wide = {name: int(getattr(config, name) * factor) for name in ("d_model", "n_heads", "n_kv_heads", "d_ff")}
+        wide = {name: int(getattr(config, name) * factor)
+                for name in ("d_model", "n_heads", "n_kv_heads", "d_ff")}
         if wide["n_kv_heads"]:
             yield f"width x{factor:g}", replace(config, **wide)
 
@@ -106,7 +109,8 @@ def measure_training(config, ranks, label=""):
     ways = {}
     for compiled in (True, False) if config.compile else (False,):
         kind = "compiled" if compiled else "eager"
-        ways[f"train, {kind}"] = trainer(config, ranks, LanguageModel(model_config(config)), our_loss, batch, compiled)
+        ways[f"train, {kind}"] = trainer(config, ranks, LanguageModel(model_config(config)), our_loss, batch,
+                                         compiled)
         if config.compare:
             ways[f"train, Llama {kind}"] = trainer(config, ranks, llama(config), llama_loss, batch, compiled)
     first = next(iter(ways))
@@ -139,7 +143,8 @@ def our_loss(model, ids, targets, doc_ids=None):
 
 def llama_loss(model, ids, targets):
     """(sum, count) of the loss that Hugging Face's model makes itself; its labels are not shifted here."""
-    return model(ids, labels=targets, shift_labels=targets, use_cache=False).loss * targets.numel(), targets.numel()
+    loss = model(ids, labels=targets, shift_labels=targets, use_cache=False).loss
+    return loss * targets.numel(), targets.numel()
 
 
 def llama(config):
@@ -257,7 +262,8 @@ def peak_memory(device):
 def report(ranks, way, tokens, seconds, memory, **more):
     """One measurement, as a JSON line and a row."""
     row = {"way": way, "tokens_per_second": round(tokens / statistics.median(seconds), 1),
-           "low": round(tokens / max(seconds), 1), "high": round(tokens / min(seconds), 1), "peak_mib": memory,
+           "low": round(tokens / max(seconds), 1), "high": round(tokens / min(seconds), 1),
+           "peak_mib": memory,
            **{name: round(value, 3) for name, value in more.items()}}
     ranks.say(json.dumps(row))
     return row
@@ -285,7 +291,8 @@ def profile(config, ranks):
     batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     model = LanguageModel(model_config(config)).to(ranks.device)
     step = trainer(config, ranks, model, our_loss, batch, config.compile)
-    for name, work in {"a training step": step, "sampling": sampler(model, rows[:, :PROMPT_TOKENS], config, ranks)}.items():
+    for name, work in {"a training step": step,
+                       "sampling": sampler(model, rows[:, :PROMPT_TOKENS], config, ranks)}.items():
         work()
         with torch.profiler.profile() as found:
             work()

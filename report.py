@@ -3,9 +3,10 @@
     python report.py --out_dir out              # after `make demo`; needs matplotlib
     python report.py --out_dir out --check sft  # is this stage where it usually is?
 
-It reads the log.jsonl of each stage, reward/report.json, and what evaluate.py wrote (evaluation.json; curve.json of weights
-that --keep_every kept). expected/demo/STAGE.json holds [low, mean, high] of the demo's numbers over seeds. The page loads
-nothing from elsewhere, follows the reader's light or dark setting, and needs no colour to be read: lines differ in dash.
+It reads the log.jsonl of each stage, reward/report.json, and what evaluate.py wrote (evaluation.json;
+curve.json of weights that --keep_every kept). expected/demo/STAGE.json holds [low, mean, high] of the demo's
+numbers over seeds. The page loads nothing from elsewhere, follows the reader's light or dark setting, and
+needs no colour to be read: lines differ in dash.
 """
 
 import html
@@ -22,7 +23,8 @@ STAGES = {      # directory -> (title, paper, what its numbers mean)
     "pretrain": ("Pretraining", "Radford et al. 2019", "next-token loss on the tales of the story world"),
     "sft": ("Instruction tuning", "Ouyang et al. 2022, step 1", "loss on the assistant's words alone"),
     "reward": ("Reward model", "Ouyang et al. 2022, step 2", "log-likelihood of what annotators preferred"),
-    "ppo": ("PPO", "Schulman et al. 2017; Ouyang et al. 2022, step 3", "clipped policy gradient on the reward less KL"),
+    "ppo": ("PPO", "Schulman et al. 2017; Ouyang et al. 2022, step 3",
+            "clipped policy gradient on the reward less KL"),
 }
 INK, SOFT = "#101112", "#808182"                            # stand for the page's colours in the drawings
 LINES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":")]          # Okabe & Ito 2008
@@ -48,7 +50,8 @@ dt { color: var(--soft); font-size: .85rem; } dd { margin: 0 0 .5rem; white-spac
 class ReportConfig:
     """Put what a chain reached on one page."""
     out_dir: str = option("out", "directory that holds pretrain, sft, reward, ppo and evaluation.json")
-    expected: str = option(str(Path(__file__).parent / "expected" / "demo"), "directory of the usual numbers, a file a stage")
+    expected: str = option(str(Path(__file__).parent / "expected" / "demo"),
+                           "directory of the usual numbers, a file a stage")
     check: str = option("", "only say whether this stage is where it usually is")
 
 
@@ -101,12 +104,15 @@ def reached(out, stage):
     """{metric: value} of the numbers that a stage is judged by."""
     log, found = read_log(out / stage / "log.jsonl"), {}
     for line in log:
-        found |= {k: v for k, v in line.items() if k.startswith(("bits_per_byte_", "val_loss", "val_accuracy"))}
+        found |= {k: v for k, v in line.items()
+                  if k.startswith(("bits_per_byte_", "val_loss", "val_accuracy"))}
     if stage == "reward":
         report = read_json(out / "reward" / "report.json")
-        found = {k: report[k] for k in ("accuracy", "pearson", "calibration_error") if report.get(k) is not None}
+        found = {k: report[k] for k in ("accuracy", "pearson", "calibration_error")
+                 if report.get(k) is not None}
     if stage == "ppo":
-        rows = [row for row in read_json(out / "evaluation.json").get("policies", []) if Path(row["model"]).name == "ppo"]
+        rows = [row for row in read_json(out / "evaluation.json").get("policies", [])
+                if Path(row["model"]).name == "ppo"]
         found = {k: rows[-1][k] for k in ("gold_units", "kl", "win_rate", "ended")} if rows else {}
     return {k: v for k, v in found.items() if stage != "pretrain" or k.startswith("bits")}
 
@@ -140,8 +146,10 @@ def terminal_table(out, usual):
 def drawing(draw, size=(4.6, 2.9)):
     """The SVG that draw(axes) makes, in the colours of the page."""
     matplotlib = need("matplotlib", "matplotlib")
-    figure_of, canvas = need("matplotlib.figure", "matplotlib"), need("matplotlib.backends.backend_svg", "matplotlib")
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "sprout", "font.size": 9, "text.color": INK, "axes.edgecolor": SOFT,
+    figure_of = need("matplotlib.figure", "matplotlib")
+    canvas = need("matplotlib.backends.backend_svg", "matplotlib")
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "sprout", "font.size": 9, "text.color": INK,
+                "axes.edgecolor": SOFT,
                 "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
                 "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.4}
     with matplotlib.rc_context(settings):
@@ -150,11 +158,12 @@ def drawing(draw, size=(4.6, 2.9)):
         out = io.StringIO()
         canvas.FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
     svg = re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.S)
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg xmlns:xlink="http://www.w3.org/1999/xlink" \1 role="img">', svg,
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>',
+                 r'<svg xmlns:xlink="http://www.w3.org/1999/xlink" \1 role="img">', svg,
                  count=1)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'<g id="patch_1">.*?</g>|(<g id="patch_2">.*?</g>)', "", svg, flags=re.S)         # white grounds
-    return svg.replace(INK, "var(--ink)").replace(SOFT, "var(--soft)").replace("font: 9px 'DejaVu Sans'", "font: 9px system-ui")
+    svg = re.sub(r'<g id="patch_[12]">.*?</g>', "", svg, flags=re.S)         # the white grounds
+    return svg.replace(INK, "var(--ink)").replace(SOFT, "var(--soft)")
 
 
 def smooth(values, weight=0.95):
@@ -176,7 +185,8 @@ def curves(log, names, label="", bounds=(), smoothed=(), log_scale=False):
     def draw(axes):
         for (name, steps, values), (colour, dash) in zip(there, LINES):
             few = {"marker": "o", "markersize": 3} if len(values) < 12 else {}
-            axes.plot(steps, smooth(values) if name in smoothed else values, dash, color=colour, label=name, **few)
+            axes.plot(steps, smooth(values) if name in smoothed else values, dash, color=colour, label=name,
+                      **few)
         for (name, value), (colour, dash) in zip(bounds, LINES):
             axes.axhline(value, color=colour, linestyle=dash, linewidth=0.8, label=name)
         if log_scale:
@@ -231,27 +241,35 @@ def calibration(report):
 def page(out, usual):
     """The whole HTML."""
     logs = {stage: read_log(out / stage / "log.jsonl") for stage in STAGES}
-    evaluation, curve, report = (read_json(out / name) for name in ("evaluation.json", "curve.json", "reward/report.json"))
+    evaluation, curve, report = (read_json(out / name)
+                                 for name in ("evaluation.json", "curve.json", "reward/report.json"))
     bound = read_json(out / "text" / "entropy_bound.json")
     parts = [f"<h1>Sprout: what this run reached</h1>{stage_table(out, logs, usual)}"]
     panels = {
         "pretrain": [
-            (curves(logs["pretrain"], ["loss", "val_loss"], "nats a token", smoothed=["loss"]), "Loss; that of steps smoothed."),
-            (curves(logs["pretrain"], [f"bits_per_byte_{lang}" for lang in ("en", "zh", "other")], "bits a byte",
+            (curves(logs["pretrain"], ["loss", "val_loss"], "nats a token", smoothed=["loss"]),
+             "Loss; that of steps smoothed."),
+            (curves(logs["pretrain"], [f"bits_per_byte_{lang}" for lang in ("en", "zh", "other")],
+                    "bits a byte",
                     [(f"entropy {lang}", value) for lang, value in bound.items()]),
              "Validation text, and the entropy of the language, which no model can beat."),
             *optimiser(logs["pretrain"])],
-        "sft": [(curves(logs["sft"], ["loss", "val_loss"], "nats a learnt token", smoothed=["loss"]), "Loss."),
-                (curves(logs["sft"], ["val_accuracy"], "accuracy"), "Share of answer tokens that are the likeliest."),
+        "sft": [(curves(logs["sft"], ["loss", "val_loss"], "nats a learnt token", smoothed=["loss"]),
+                 "Loss."),
+                (curves(logs["sft"], ["val_accuracy"], "accuracy"),
+                 "Share of answer tokens that are the likeliest."),
                 *optimiser(logs["sft"])],
-        "reward": [(curves(logs["reward"], ["loss", "val_loss"], "nats a comparison", smoothed=["loss"]), "Loss."),
-                   (calibration(report), "Right on held-out comparisons, by margin; diamonds: as sure as it was."),
+        "reward": [(curves(logs["reward"], ["loss", "val_loss"], "nats a comparison", smoothed=["loss"]),
+                    "Loss."),
+                   (calibration(report),
+                    "Right on held-out comparisons, by margin; diamonds: as sure as it was."),
                    *optimiser(logs["reward"])],
         "ppo": [(curves(logs["ppo"], ["score"], "score"), "Mean score of the replies."),
                 (curves(logs["ppo"], ["kl", "kl_k3"], "nats a reply"), "KL from SFT by two estimators."),
                 (curves(logs["ppo"], ["entropy"], "nats a token"), "Entropy."),
                 (curves(logs["ppo"], ["length"], "tokens"), "Length of a reply."),
-                (curves(logs["ppo"], ["eos_rate", "explained_variance", "clipfrac"]), "Replies that end; variance the values "
+                (curves(logs["ppo"], ["eos_rate", "explained_variance", "clipfrac"]),
+                 "Replies that end; variance the values "
                  "explain; share of clipped tokens."), *optimiser(logs["ppo"])],
     }
     for stage, figures in panels.items():
@@ -283,7 +301,8 @@ def verdict(stage, report):
     if stage != "reward" or not report.get("gate"):
         return ""
     gate = report["gate"]
-    baselines = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report.get("baselines", {}).items()
+    baselines = ", ".join(f"{name.replace('_', ' ')} {value:.3f}"
+                          for name, value in report.get("baselines", {}).items()
                           if value is not None)
     return (f"<p>Held-out {gate['metric']} {gate['value']:.3f}, at least {gate['low']:.3f} with 95% confidence: the gate is "
             f"{'passed' if gate['passed'] else 'not passed'}. Without a model: {html.escape(baselines)}.</p>")
@@ -293,17 +312,20 @@ def stage_table(out, logs, usual):
     """Stages with minutes, numbers and expected bands, as HTML."""
     rows = "".join(
         f"<tr><td>{title}</td><td>{minutes(logs[stage]):.1f}</td><td>"
-        + "<br>".join(html.escape(line.removeprefix(f"{stage}: ")) for line in check(stage, out, usual)) + "</td></tr>"
+        + "<br>".join(html.escape(line.removeprefix(f"{stage}: "))
+                      for line in check(stage, out, usual)) + "</td></tr>"
         for stage, (title, *_) in STAGES.items() if logs[stage])
     return f"<div class='wide'><table><tr><th>stage</th><th>minutes</th><th>reached</th></tr>{rows}</table></div>"
 
 
 def policy_table(evaluation):
     """The rows of evaluate.py's comparison, as HTML."""
-    names = {"model": "model", "gold": "gold, 1-5", "gold_units": "against SFT, units", "gold_same_length": "at equal length",
+    names = {"model": "model", "gold": "gold, 1-5", "gold_units": "against SFT, units",
+             "gold_same_length": "at equal length",
              "win_rate": "wins", "kl": "KL", "score": "score", "length": "tokens", "ended": "ended"}
     rows = "".join("<tr>" + "".join(
-        f"<td>{html.escape(Path(row[k]).name) if k == 'model' else format(row[k], '.2f')}</td>" for k in names) + "</tr>"
+        f"<td>{html.escape(Path(row[k]).name) if k == 'model' else format(row[k], '.2f')}</td>"
+        for k in names) + "</tr>"
         for row in evaluation.get("policies", []))
     head = "".join(f"<th>{title}</th>" for title in names.values())
     return f"<div class='wide'><table><tr>{head}</tr>{rows}</table></div>" if rows else ""

@@ -36,6 +36,7 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
 
 PRESETS = {
     "demo": dict(batch_size=16, epochs=2, learning_rate=5e-4, warmup_steps=10, eval_every=50, save_every=100),
+    "results": dict(batch_size=16, epochs=2, learning_rate=5e-4, warmup_steps=10, eval_every=50, save_every=100),
     "smoke": dict(batch_size=8, epochs=0, max_steps=6, warmup_steps=2, eval_every=3, save_every=3,
                   log_every=2,
                   bootstrap=50),

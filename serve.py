@@ -2,10 +2,10 @@
 
     python serve.py --models out/sft,out/ppo --reward_model out/reward --samples out/feedback/samples.jsonl
 
-One thread does the models' work: each model has an Engine (generate.py), whose rows join and leave at any step,
-so requests are batched as they come. The event loop checks requests, turns ids into whole characters, looks for stop
-strings, and marks the rows of a client that has gone as ended. Thumbs and ratings go to the files that feedback.py reads.
-Not here: tools, images, presence and frequency penalties.
+One thread does the models' work: each model has an Engine (generate.py), whose rows join and leave at any
+step, so requests are batched as they come. The event loop checks requests, turns ids into whole characters,
+looks for stop strings, and marks the rows of a client that has gone as ended. Thumbs and ratings go to the
+files that feedback.py reads. Not here: tools, images, presence and frequency penalties.
 """
 
 import asyncio
@@ -37,7 +37,8 @@ from training import at_least, pick_device
 
 WEB = Path(__file__).parent / "web"
 PATIENCE = 1.0                  # seconds without a token after which a client is looked for
-UNSUPPORTED = {"tools": None, "functions": None, "logit_bias": None, "presence_penalty": 0, "frequency_penalty": 0,
+UNSUPPORTED = {"tools": None, "functions": None, "logit_bias": None, "presence_penalty": 0,
+               "frequency_penalty": 0,
                "suffix": None, "best_of": 1, "echo": False}          # name -> the value that asks for nothing
 HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff",
            "Referrer-Policy": "no-referrer"}
@@ -46,7 +47,8 @@ HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Opti
 @dataclass
 class ServeConfig:
     """Serve models over HTTP, with pages to talk, compare and rate."""
-    models: str = option("out/ppo", "OUT directories or checkpoints, comma-separated, each also NAME=DIR; the first is "
+    models: str = option("out/ppo",
+                         "OUT directories or checkpoints, comma-separated, each also NAME=DIR; the first is "
                                     "the default")
     reward_model: str = option("", "a reward model whose score the pages show beside each reply")
     samples: str = option("", "replies to rate, from feedback.py sample")
@@ -188,7 +190,8 @@ class Choice:
 
     def held(self):
         """Characters at the end that may be the beginning of a stop string."""
-        return max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+        return max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])),
+                   default=0)
 
     def token(self, id):
         """A token as OpenAI's API writes it."""
@@ -231,7 +234,8 @@ def stop_strings(body):
     """The stop strings of a request, up to four."""
     stops = body.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stops):
+    good = isinstance(stops, list) and all(isinstance(s, str) and 0 < len(s) <= 200 for s in stops)
+    if not good or len(stops) > 4:
         raise Refusal(400, "stop must be a string or up to four strings of 1 to 200 characters", "stop")
     return stops
 
@@ -281,7 +285,8 @@ def text_prompts(body, tokenizer):
     if isinstance(prompt, list) and prompt and all(type(id) is int for id in prompt):
         return [prompt]
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list) or not 1 <= len(prompts) <= 64 or not all(isinstance(p, str) for p in prompts):
+    good = isinstance(prompts, list) and all(isinstance(p, str) for p in prompts)
+    if not good or not 1 <= len(prompts) <= 64:
         raise Refusal(400, "prompt must be a text, up to 64 texts, or a list of token ids", "prompt")
     return [[tokenizer.eot_id, *tokenizer.encode(text)] for text in prompts]
 
@@ -289,7 +294,8 @@ def text_prompts(body, tokenizer):
 def jobs_for(prompts, body, model, tokenizer, n, top_logprobs):
     """A job for each choice: n of each prompt, each with a seed of its own."""
     limit = model.config.max_seq_len
-    new = number(body, "max_completion_tokens", None, 1, 1 << 30, int) or number(body, "max_tokens", limit, 1, 1 << 30, int)
+    new = (number(body, "max_completion_tokens", None, 1, 1 << 30, int)
+           or number(body, "max_tokens", limit, 1, 1 << 30, int))
     seed = number(body, "seed", None, -(1 << 63), (1 << 63) - 1, int)
     seeds = draws(secrets.randbits(63) if seed is None else seed, "samples", 0, n).tolist()
     sampling, inbox, loop = wanted(body), asyncio.Queue(), asyncio.get_running_loop()
@@ -298,9 +304,11 @@ def jobs_for(prompts, body, model, tokenizer, n, top_logprobs):
             raise Refusal(400, f"this model's context is {limit} tokens; the prompt has {len(prompt)} and leaves no room for "
                                "a reply; shorten it", "messages", "context_length_exceeded")
         if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-            raise Refusal(400, f"prompt ids must be from 0 to {model.config.vocab_size - 1}, at least one", "prompt")
+            raise Refusal(400, f"prompt ids must be from 0 to {model.config.vocab_size - 1}, at least one",
+                          "prompt")
     return [Job(list(prompt), min(new, limit - len(prompt)), seed, sampling,
-                frozenset((tokenizer.im_end_id, tokenizer.eot_id)), top_logprobs, index=p * n + i, inbox=inbox, loop=loop)
+                frozenset((tokenizer.im_end_id, tokenizer.eot_id)), top_logprobs, index=p * n + i,
+                inbox=inbox, loop=loop)
             for p, prompt in enumerate(prompts) for i, seed in enumerate(seeds)]
 
 
@@ -352,7 +360,8 @@ class Server:
         """(name, model, tokenizer) that a request asks for; the first where it names none."""
         name = body.get("model") or next(iter(self.models))
         if name not in self.models:
-            raise Refusal(404, f"model {name!r} is not here; there are {', '.join(self.models)}", "model", "model_not_found")
+            raise Refusal(404, f"model {name!r} is not here; there are {', '.join(self.models)}", "model",
+                          "model_not_found")
         return name, *self.models[name]
 
     async def chat_completions(self, request):
@@ -366,7 +375,8 @@ class Server:
         """POST /v1/completions."""
         body = await self.read_body(request)
         name, model, tokenizer = self.chosen(body)
-        return await self.complete(request, body, text_prompts(body, tokenizer), number(body, "logprobs", -1, 0, 20, int),
+        return await self.complete(request, body, text_prompts(body, tokenizer),
+                                   number(body, "logprobs", -1, 0, 20, int),
                                    TextForm)
 
     async def complete(self, request, body, prompts, top_logprobs, form):
@@ -392,7 +402,8 @@ class Server:
     async def list_models(self, request):
         """GET /v1/models."""
         return {"object": "list", "data": [
-            {"id": name, "object": "model", "created": self.started, "owned_by": "sprout", "stage": self.stages[name],
+            {"id": name, "object": "model", "created": self.started, "owned_by": "sprout",
+             "stage": self.stages[name],
              "context_length": model.config.max_seq_len} for name, (model, _) in self.models.items()]}
 
     async def health(self, request):
@@ -422,7 +433,8 @@ class Server:
 
     async def thumbs(self, request):
         """POST /thumbs {messages, reply, model, thumb, nonce}."""
-        return await self.write_once(request, self.config.thumbs, check_thumb, ("messages", "reply", "model", "thumb"))
+        return await self.write_once(request, self.config.thumbs, check_thumb,
+                                     ("messages", "reply", "model", "thumb"))
 
     async def rated(self, request):
         """POST /rate/ratings: a line of ratings.jsonl, with a nonce."""
@@ -454,7 +466,8 @@ class Server:
 
     async def to_rate(self, request):
         """GET /rate/samples?annotator=NAME&kind=KIND: what this person has not judged, in an order of their own."""
-        annotator, kind = request.query_params.get("annotator", ""), request.query_params.get("kind", "ranking")
+        given = request.query_params
+        annotator, kind = given.get("annotator", ""), given.get("kind", "ranking")
         if not annotator.strip() or annotator.startswith("simulated"):
             raise Refusal(400, f"annotator {annotator!r} is no name for a person; give yours", "annotator")
         ratings = await asyncio.to_thread(read_ratings, self.config.ratings, self.samples)
@@ -517,11 +530,13 @@ class ChatForm:
     def usage(self):
         """Tokens read and written."""
         n_new = sum(choice.n_tokens for choice in self.choices)
-        return {"prompt_tokens": self.n_prompt, "completion_tokens": n_new, "total_tokens": self.n_prompt + n_new}
+        return {"prompt_tokens": self.n_prompt, "completion_tokens": n_new,
+                "total_tokens": self.n_prompt + n_new}
 
     def opening(self):
         """What a stream begins with."""
-        return [self.part(i, {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
+        return [self.part(i, {"delta": {"role": "assistant", "content": ""}, "logprobs": None,
+                              "finish_reason": None})
                 for i in range(len(self.choices))]
 
     def chunk(self, index, new):
@@ -545,7 +560,8 @@ class ChatForm:
     def whole(self):
         """The answer in one piece."""
         return self.head | {"object": self.object, "usage": self.usage(), "choices": [
-            {"index": i, **self.final(choice.text), **self.state(i)} for i, choice in enumerate(self.choices)]}
+            {"index": i, **self.final(choice.text), **self.state(i)}
+            for i, choice in enumerate(self.choices)]}
 
     def final(self, text):
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -598,8 +614,9 @@ def make_app(config):
     app.add_exception_handler(Refusal, refuse)
     app.add_exception_handler(fastapi.exceptions.StarletteHTTPException, not_there)
     for method, path, answer in (
-            ("POST", "/v1/chat/completions", server.chat_completions), ("POST", "/v1/completions", server.completions),
-            ("GET", "/v1/models", server.list_models), ("GET", "/health", server.health), ("POST", "/score", server.score),
+            ("POST", "/v1/chat/completions", server.chat_completions),
+            ("POST", "/v1/completions", server.completions), ("GET", "/v1/models", server.list_models),
+            ("GET", "/health", server.health), ("POST", "/score", server.score),
             ("POST", "/thumbs", server.thumbs), ("GET", "/rate/samples", server.to_rate),
             ("POST", "/rate/ratings", server.rated)):
         app.add_api_route(path, endpoint(answer, fastapi.Request), methods=[method])
@@ -619,8 +636,8 @@ async def refuse(request, error):
     """A Refusal as the API's own kind of error."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     content = {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
-    return need("fastapi.responses", "fastapi").JSONResponse(content, error.status,
-                                                             {"Retry-After": "1"} if error.status == 429 else None)
+    headers = {"Retry-After": "1"} if error.status == 429 else None
+    return need("fastapi.responses", "fastapi").JSONResponse(content, error.status, headers)
 
 
 async def not_there(request, error):
@@ -634,7 +651,8 @@ def guard_of(api_key):
         if api_key and request.url.path.startswith(("/v1/", "/thumbs", "/rate/", "/score")):
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), api_key.encode()):
-                return await refuse(request, Refusal(401, "wrong or missing API key; send it as bearer token", None,
+                return await refuse(request, Refusal(401, "wrong or missing API key; send it as bearer token",
+                                                     None,
                                                      "invalid_api_key"))
         response = await call_next(request)
         response.headers.update(HEADERS)

@@ -27,9 +27,10 @@ from cli import UserError, option, parse_config, progress_bar, run, write_text
 
 SPLIT_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-# No merge is learnt from a mark to the letter behind it: one token for a name and for the same name after a full stop or
-# a quotation mark, so a small model can learn to copy it (LOG.md). The words are parts of SPLIT_PATTERN's.
-LEARNING_PATTERN = SPLIT_PATTERN.replace(r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\n\p{L}\p{N}\p{P}\p{S}]?\p{L}+")
+# No merge is learnt from a mark to the letter behind it: a name is the same token at the start of a sentence, after a
+# quotation mark and inside, so that a small model can learn to copy it (LOG.md). Its words are parts of SPLIT_PATTERN's.
+LEARNING_PATTERN = SPLIT_PATTERN.replace(r"[^\r\n\p{L}\p{N}]?\p{L}+",
+                                         r"[^\r\n\p{L}\p{N}\p{P}\p{S}]?\p{L}+")
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 ROLES = ("system", "user", "assistant")
 FILE, FORMAT = "bpe.json", "sprout byte-level BPE, version 1"

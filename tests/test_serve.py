@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 import random
 import socket
 import threading
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 import generate as generate_module
-import reward
 from checkpoint import save
 from cli import UserError
 from feedback import CollectConfig, collect

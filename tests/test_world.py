@@ -1,6 +1,5 @@
 """The story world: exact means against enumeration and sampling, recogniser, split, sound text, richness."""
 
-import hashlib
 import lzma
 import math
 import re
