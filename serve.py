@@ -494,7 +494,8 @@ async def arrivals(request, jobs, choices):
             index, id, logprob, last = item
             if choices[index].reason is None:                       # else a token that was under way at its end
                 new = choices[index].push(id, logprob, last, jobs[index].stop_ids)
-                jobs[index].ended = choices[index].reason is not None
+                if choices[index].reason:                           # never back to False: the engine sets it, too
+                    jobs[index].ended = True
                 yield index, new
     finally:
         for job in jobs:
