@@ -35,8 +35,10 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
                       matmul_peak, start_ranks, wrap)
 
 PRESETS = {
-    "demo": dict(batch_size=16, epochs=2, learning_rate=5e-4, warmup_steps=10, eval_every=50, save_every=100),
-    "results": dict(batch_size=16, epochs=2, learning_rate=5e-4, warmup_steps=10, eval_every=50, save_every=100),
+    "demo": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10, eval_every=50,
+                 save_every=100),
+    "results": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10, eval_every=50,
+                    save_every=100),
     "smoke": dict(batch_size=8, epochs=0, max_steps=6, warmup_steps=2, eval_every=3, save_every=3,
                   log_every=2,
                   bootstrap=50),
@@ -483,7 +485,7 @@ def told(found):
     """The numbers of `judge` in a line."""
     parts = [f"{k} {v:.4f}" for k, v in found.items() if isinstance(v, float)]
     parts += [f"{k[:-9]} 95% interval {v[0]:.3f}-{v[1]:.3f}" for k, v in found.items()
-              if k.endswith("_interval")]
+              if k.endswith("_interval") and not math.isnan(v[0])]         # none is made on the way
     return "  ".join(parts)
 
 
