@@ -37,9 +37,8 @@ from training import at_least, pick_device
 
 WEB = Path(__file__).parent / "web"
 PATIENCE = 1.0                  # seconds without a token after which a client is looked for
-UNSUPPORTED = {"tools": None, "functions": None, "logit_bias": None, "presence_penalty": 0,
-               "frequency_penalty": 0,
-               "suffix": None, "best_of": 1, "echo": False}          # name -> the value that asks for nothing
+UNSUPPORTED = {"tools": None, "functions": None, "logit_bias": None, "presence_penalty": 0,    # name -> the
+               "frequency_penalty": 0, "suffix": None, "best_of": 1, "echo": False}    # value that asks for nothing
 HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff",
            "Referrer-Policy": "no-referrer"}
 
@@ -47,9 +46,8 @@ HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Opti
 @dataclass
 class ServeConfig:
     """Serve models over HTTP, with pages to talk, compare and rate."""
-    models: str = option("out/ppo",
-                         "OUT directories or checkpoints, comma-separated, each also NAME=DIR; the first is "
-                                    "the default")
+    models: str = option("out/ppo", "OUT directories or checkpoints, comma-separated, each also NAME=DIR; the "
+                                    "first is the default")
     reward_model: str = option("", "a reward model whose score the pages show beside each reply")
     samples: str = option("", "replies to rate, from feedback.py sample")
     ratings: str = option("out/ratings.jsonl", "file that ratings are appended to")
@@ -87,7 +85,8 @@ def listen(config):
         listener.bind((config.host, config.port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise UserError(f"cannot listen on {config.host} port {config.port}: {error}; give another --port or --host")
+        raise UserError(f"cannot listen on {config.host} port {config.port}: {error}; give another --port or "
+                        f"--host")
     return listener
 
 
@@ -217,8 +216,8 @@ def number(body, name, default, low, high, kind=float):
         return default
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     if not good or kind is int and int(value) != value:
-        raise Refusal(400, f"{name} {value!r} must be {'a whole number' if kind is int else 'a number'} from {low} to "
-                           f"{high}", name)
+        wish = "a whole number" if kind is int else "a number"
+        raise Refusal(400, f"{name} {value!r} must be {wish} from {low} to {high}", name)
     return kind(value)
 
 
@@ -271,7 +270,7 @@ def chat_prompt(body, tokenizer):
 def content_of(content):
     """The text of a turn, also where it comes in parts."""
     if isinstance(content, list):
-        if not all(part.get("type") == "text" for part in content):
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             raise UserError("only text parts are read here")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
@@ -301,8 +300,8 @@ def jobs_for(prompts, body, model, tokenizer, n, top_logprobs):
     sampling, inbox, loop = wanted(body), asyncio.Queue(), asyncio.get_running_loop()
     for prompt in prompts:
         if len(prompt) >= limit:
-            raise Refusal(400, f"this model's context is {limit} tokens; the prompt has {len(prompt)} and leaves no room for "
-                               "a reply; shorten it", "messages", "context_length_exceeded")
+            raise Refusal(400, f"this model's context is {limit} tokens; the prompt has {len(prompt)} and leaves "
+                               "no room for a reply; shorten it", "messages", "context_length_exceeded")
         if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise Refusal(400, f"prompt ids must be from 0 to {model.config.vocab_size - 1}, at least one",
                           "prompt")
@@ -359,7 +358,7 @@ class Server:
     def chosen(self, body):
         """(name, model, tokenizer) that a request asks for; the first where it names none."""
         name = body.get("model") or next(iter(self.models))
-        if name not in self.models:
+        if not isinstance(name, str) or name not in self.models:
             raise Refusal(404, f"model {name!r} is not here; there are {', '.join(self.models)}", "model",
                           "model_not_found")
         return name, *self.models[name]

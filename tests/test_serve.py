@@ -253,7 +253,9 @@ def test_many_at_once_are_each_as_alone(out, address, n):
 
 @pytest.mark.parametrize("change, status, words", [
     (dict(model="three"), 404, "model 'three' is not here"),
-    (dict(messages=[]), 400, "messages must be"),
+    (dict(model=["one"]), 404, "is not here"), (dict(messages=[]), 400, "messages must be"),
+    (dict(messages=[{"role": "user", "content": [5]}]), 400, "only text"), (dict(messages=[7]), 400, "messages"),
+    (dict(messages=[{"role": "user", "content": None}]), 400, "not text"),
     (dict(messages=[{"role": "user"}]), 400, "content"),
     (dict(messages="hi"), 400, "messages must be"),
     (dict(messages=[{"role": "assistant", "content": "hi"}]), 400, "not of user"),
