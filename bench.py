@@ -101,10 +101,7 @@ def variants(config):
 
 def measure_training(config, ranks, label=""):
     """Tokens/s of a training step in each way, and its MFU."""
-    torch.manual_seed(0)
-    rows = torch.randint(config.vocab_size, (config.batch_size // ranks.world_size, config.max_seq_len + 1),
-                         device=ranks.device)
-    batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    batch = random_batch(config, ranks)
     document = torch.arange(config.max_seq_len, device=ranks.device).expand_as(batch[0]) // 100
     ways = {}
     for compiled in (True, False) if config.compile else (False,):
@@ -121,6 +118,14 @@ def measure_training(config, ranks, label=""):
     return [report(ranks, label + way, tokens, taken, memory[way],
                    mfu=tokens * flops / statistics.median(taken) / peak, gflops_peak=peak / 1e9)
             for way, taken in seconds.items()]
+
+
+def random_batch(config, ranks):
+    """Inputs and targets (b, T) of this rank: ids at random, the same in every call."""
+    torch.manual_seed(0)
+    rows = torch.randint(config.vocab_size, (config.batch_size // ranks.world_size, config.max_seq_len + 1),
+                         device=ranks.device)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def trainer(config, ranks, model, loss_of, batch, compiled):
@@ -285,14 +290,11 @@ def table(found):
 
 def profile(config, ranks):
     """The ten operations that a training step and sampling spend most time in."""
-    torch.manual_seed(0)
-    rows = torch.randint(config.vocab_size, (config.batch_size // ranks.world_size, config.max_seq_len + 1),
-                         device=ranks.device)
-    batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    batch = random_batch(config, ranks)
     model = LanguageModel(model_config(config)).to(ranks.device)
     step = trainer(config, ranks, model, our_loss, batch, config.compile)
     for name, work in {"a training step": step,
-                       "sampling": sampler(model, rows[:, :PROMPT_TOKENS], config, ranks)}.items():
+                       "sampling": sampler(model, batch[0][:, :PROMPT_TOKENS], config, ranks)}.items():
         work()
         with torch.profiler.profile() as found:
             work()

@@ -12,7 +12,6 @@ sample twice in the same way, the later one counts. Not here: learning from it (
 
 import json
 import math
-import os
 import sys
 import time
 from collections import defaultdict
@@ -22,17 +21,17 @@ from itertools import combinations
 from pathlib import Path
 
 import checkpoint
-from batches import draws
-from cli import UserError, about, option, parse_config, progress_bar, run, write_text
-from data.gold import ASPECTS, rate as gold_marks
+from cli import UserError, option, parse_config, progress_bar, run, write_text
+from data.gold import rate as gold_marks
 from generate import generate, reply_logprobs, uniforms
 from metrics import interval, krippendorff_alpha, nominal
 from model import LanguageModel
-from records import chat, check_turns, read_prompts, read_records, shown
+from ratings import (ASPECTS, KINDS, append, check_rating, in_order_of, read_ratings, read_samples,
+                     read_thumbs)
+from records import read_prompts, read_records, shown
 from training import draw_seed, pick_device
 
 AT_ONCE = 64                    # replies sampled together
-KINDS = "ranking", "choice", "rubric"
 FORMS = "rankings", "pairs", "triples", "scores"
 ODD = 0.15                      # a rater that agrees this much less with the others than they do is named
 
@@ -104,97 +103,6 @@ def replies_to(model, tokenizer, conversations, config, seeds):
             for ids, chance, seed in zip(found, chances, seeds)]
 
 
-# ---- files of samples and ratings
-
-def read_samples(path):
-    """{id: sample} of a samples.jsonl, checked."""
-    found = {}
-    for where, record in read_records(path):
-        good = (isinstance(record, dict) and {"id", "messages", "replies"} <= record.keys()
-                and isinstance(record["replies"], list)
-                and all(isinstance(r, dict) and {"id", "text"} <= r.keys() for r in record["replies"]))
-        if not good:
-            raise UserError(f"{where}: not a sample; it has id, messages and replies with id and text")
-        if record["id"] in found:
-            raise UserError(f"{where}: sample {record['id']!r} is there twice; give each its own id")
-        found[record["id"]] = record
-    return found
-
-
-def read_ratings(path, samples):
-    """Checked ratings in the order of the file; of one annotator's on a sample the last of each kind."""
-    found = {}
-    for where, record in read_records(path) if Path(path).exists() else ():
-        if isinstance(record, UserError):                       # what a kill left of a line
-            print(f"{where}: left out, {record}", file=sys.stderr)
-            continue
-        try:
-            check_rating(record, samples)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        found[record["sample"], record["annotator"], record["kind"]] = record
-    return list(found.values())
-
-
-def check_rating(record, samples):
-    """Refuse a rating that does not fit its sample."""
-    missing = [k for k in ("sample", "annotator", "kind") if not isinstance(record, dict) or k not in record]
-    if missing:
-        raise UserError(f"a rating has no {missing[0]!r}; it has sample, annotator, kind, and ranking or "
-                        f"scores")
-    if record["sample"] not in samples:
-        raise UserError(f"sample {record['sample']!r} is not among the samples; give the file that was rated")
-    if record["kind"] not in KINDS:
-        raise UserError(f"kind {shown(record['kind'])} is unknown; use {', '.join(KINDS)}")
-    known = [reply["id"] for reply in samples[record["sample"]]["replies"]]
-    key = "scores" if record["kind"] == "rubric" else "ranking"
-    if key not in record:
-        raise UserError(f"a {record['kind']} has no {key!r}")
-    if key == "ranking":
-        check_ranking(record["ranking"], known, whole=record["kind"] == "ranking")
-        return
-    if not isinstance(record["scores"], dict) or not record["scores"]:
-        raise UserError(f"scores {shown(record['scores'])} is not an object of marks by reply")
-    for reply, marks in record["scores"].items():
-        if reply not in known:
-            raise UserError(f"reply {reply!r} is unknown; the sample has {', '.join(known)}")
-        if not isinstance(marks, dict) or set(marks) != set(ASPECTS):
-            raise UserError(f"marks of {reply} are {shown(marks)}; give {', '.join(ASPECTS)}")
-        for aspect, mark in marks.items():
-            if isinstance(mark, bool) or not isinstance(mark, (int, float)) or not 1 <= mark <= 5:
-                raise UserError(f"{aspect} {shown(mark)} of {reply} is no mark; marks go from 1 to 5")
-
-
-def check_ranking(ranking, known, whole):
-    """Refuse a ranking that names a reply twice, one that is not there, or (whole) not all of them."""
-    if not isinstance(ranking, list) or not all(isinstance(tie, list) and tie for tie in ranking):
-        raise UserError(f"ranking {shown(ranking)} is not a list of lists of replies, the best first")
-    named = [reply for tie in ranking for reply in tie]
-    for reply in named:
-        if reply not in known:
-            raise UserError(f"reply {shown(reply)} is unknown; the sample has {', '.join(known)}")
-        if named.count(reply) > 1:
-            raise UserError(f"reply {reply!r} is in the ranking {named.count(reply)} times")
-    if len(named) < 2:
-        raise UserError(f"ranking {shown(ranking)} names {len(named)} reply; nothing is compared")
-    skipped = [reply for reply in known if reply not in named]
-    if whole and skipped:
-        raise UserError(f"the ranking skips reply {skipped[0]!r}; rank all {len(known)}, equal ones together")
-
-
-def append(path, record):
-    """Add one line to a file at once, so that a kill loses nothing and two raters do not mix."""
-    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-    with about(path):
-        with open(path, "ab+", buffering=0) as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":                       # a kill has cut the last line off
-                    line = b"\n" + line
-            file.write(line)
-            os.fsync(file.fileno())
-
-
 # ---- rate: a person in the terminal
 
 @dataclass
@@ -260,12 +168,6 @@ def show(found, config):
     for number, reply in enumerate(replies, 1):
         print(f"  {number}) {reply['text']}")
     return replies
-
-
-def in_order_of(annotator, found, kind):
-    """The replies that this annotator is asked about, in an order of their own."""
-    order = draws(0, f"{annotator} {found['id']}", 0, len(found["replies"])).argsort(kind="stable")
-    return [found["replies"][i] for i in order][:2 if kind == "choice" else None]
 
 
 def judgement(answer, ids, kind):
@@ -436,26 +338,6 @@ def pair(messages, better, worse, form):
     if form == "triples":
         return {"question": messages[-1]["content"], "accepted": better, "rejected": worse}
     return {"messages": messages, "chosen": better, "rejected": worse}
-
-
-def read_thumbs(path):
-    """Checked thumbs of a file."""
-    found = []
-    for where, record in read_records(path):
-        try:
-            check_thumb(record)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        found.append(record)
-    return found
-
-
-def check_thumb(record):
-    """Refuse what is no thumb up or down on a reply."""
-    if (not isinstance(record, dict) or not {"messages", "reply", "thumb"} <= record.keys()
-            or record["thumb"] not in (1, -1) or not isinstance(record["reply"], str)):
-        raise UserError("not a thumb; it has messages, reply and thumb, 1 or -1")
-    check_turns(chat(record["messages"]), last="user")
 
 
 def thumb_records(thumbs, form):

@@ -29,9 +29,9 @@ import torch
 from batches import draws, score_replies
 from checkpoint import load_model
 from cli import UserError, need, option, parse_config, run
-from feedback import append, check_rating, check_thumb, in_order_of, read_ratings, read_samples
 from generate import Engine, Row, Sampling
 from model import LanguageModel, ScalarModel
+from ratings import append, check_rating, check_thumb, in_order_of, read_ratings, read_samples
 from records import chat, check_turns
 from training import at_least, pick_device
 

@@ -13,8 +13,8 @@ from data.instructions import perfect
 from data.rules import load
 from data.world import Recogniser
 from metrics import in_chinese
+from ratings import ASPECTS
 
-ASPECTS = "accuracy", "relevance", "naturalness", "concision"
 NAMED = "hero", "friend", "thing", "place"              # what a summary or a list of a tale must hold
 PEOPLE = "character"
 

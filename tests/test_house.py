@@ -29,11 +29,11 @@ FLOORS = [                      # a module imports from lower floors only; one n
     ["model", "tokenizer", "metrics", "optim"],
     ["batches", "checkpoint"],
     ["records", "training"],
+    ["ratings"],
     ["data.rules", "data.clean", "data.dedup", "data.filters", "data.download"],
     ["data.world"],
     ["data.prepare", "data.instructions", "generate"],
     ["data.gold"],
-    ["feedback"],
 ]
 EXTRAS = ["matplotlib", "fastapi", "uvicorn", "tensorboard", "wandb", "safetensors", "onnx", "transformers",
           "tokenizers", "pytest"]
