@@ -26,13 +26,12 @@ from data.gold import rate as gold_marks
 from generate import generate, reply_logprobs, uniforms
 from metrics import interval, krippendorff_alpha, nominal
 from model import LanguageModel
-from ratings import (ASPECTS, KINDS, append, check_rating, in_order_of, read_ratings, read_samples,
-                     read_thumbs)
+from ratings import (ASPECTS, FORMS, KINDS, append, check_rating, in_order_of, levels, pair, read_ratings,
+                     read_samples, read_thumbs, records_of)
 from records import read_prompts, read_records, shown
 from training import draw_seed, pick_device
 
 AT_ONCE = 64                    # replies sampled together
-FORMS = "rankings", "pairs", "triples", "scores"
 ODD = 0.15                      # a rater that agrees this much less with the others than they do is named
 
 
@@ -304,40 +303,6 @@ def collect(config):
                         "triples, rubrics all four")
     write_text(Path(config.out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     print(f"{config.out}: {len(lines):,} records as {config.form}")
-
-
-def levels(rating):
-    """{reply: number, larger = better} of a rating, from the mean mark or the place in the ranking."""
-    if rating["kind"] == "rubric":
-        return {id: sum(marks.values()) / len(marks) for id, marks in rating["scores"].items()}
-    return {id: -place for place, tie in enumerate(rating["ranking"]) for id in tie}
-
-
-def records_of(ratings, samples, form):
-    """Training records of ratings; what one annotator said of a sample stays together where the form can."""
-    lines = []
-    for rating in ratings:
-        found = samples[rating["sample"]]
-        texts, by_reply = {reply["id"]: reply["text"] for reply in found["replies"]}, levels(rating)
-        if form == "scores" and rating["kind"] != "rubric":
-            continue
-        if form in ("rankings", "scores") and len(by_reply) > (form == "rankings"):
-            best_first = sorted(set(by_reply.values()), reverse=True)
-            value = {"rank": lambda level: best_first.index(level) + 1, "score": lambda level: level}
-            key = "rank" if form == "rankings" else "score"
-            lines.append({"messages": found["messages"], "outputs": [
-                {"response": texts[id], key: value[key](level)} for id, level in by_reply.items()]})
-        elif form in ("pairs", "triples"):
-            lines += [pair(found["messages"], texts[a], texts[b], form)
-                      for a in by_reply for b in by_reply if by_reply[a] > by_reply[b]]
-    return lines
-
-
-def pair(messages, better, worse, form):
-    """A record of two replies."""
-    if form == "triples":
-        return {"question": messages[-1]["content"], "accepted": better, "rejected": worse}
-    return {"messages": messages, "chosen": better, "rejected": worse}
 
 
 def thumb_records(thumbs, form):

@@ -1,6 +1,6 @@
 """Files of what people think: samples that are judged, ratings, thumbs; each record checked, each written at once.
 
-feedback.py asks and collects, serve.py asks in the browser; both write the same files.
+feedback.py asks and collects, serve.py asks in the browser; both write the same files, and reward.py reads them.
 """
 
 import json
@@ -14,6 +14,7 @@ from records import chat, check_turns, read_records, shown
 
 ASPECTS = "accuracy", "relevance", "naturalness", "concision"          # of the rubric, each 1-5
 KINDS = "ranking", "choice", "rubric"
+FORMS = "rankings", "pairs", "triples", "scores"                        # of training data made of them
 
 
 def read_samples(path):
@@ -22,9 +23,14 @@ def read_samples(path):
     for where, record in read_records(path):
         good = (isinstance(record, dict) and {"id", "messages", "replies"} <= record.keys()
                 and isinstance(record["replies"], list)
-                and all(isinstance(r, dict) and {"id", "text"} <= r.keys() for r in record["replies"]))
+                and all(isinstance(r, dict) and {"id", "text"} <= r.keys() and isinstance(r["text"], str)
+                        for r in record["replies"]))
         if not good:
             raise UserError(f"{where}: not a sample; it has id, messages and replies with id and text")
+        try:
+            check_turns(chat(record["messages"]), last="user")
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         if record["id"] in found:
             raise UserError(f"{where}: sample {record['id']!r} is there twice; give each its own id")
         found[record["id"]] = record
@@ -90,6 +96,40 @@ def check_ranking(ranking, known, whole):
     skipped = [reply for reply in known if reply not in named]
     if whole and skipped:
         raise UserError(f"the ranking skips reply {skipped[0]!r}; rank all {len(known)}, equal ones together")
+
+
+def levels(rating):
+    """{reply: number, larger = better} of a rating, from the mean mark or the place in the ranking."""
+    if rating["kind"] == "rubric":
+        return {id: sum(marks.values()) / len(marks) for id, marks in rating["scores"].items()}
+    return {id: -place for place, tie in enumerate(rating["ranking"]) for id in tie}
+
+
+def records_of(ratings, samples, form):
+    """Training records of ratings; what one annotator said of a sample stays together where the form can."""
+    lines = []
+    for rating in ratings:
+        found = samples[rating["sample"]]
+        texts, by_reply = {reply["id"]: reply["text"] for reply in found["replies"]}, levels(rating)
+        if form == "scores" and rating["kind"] != "rubric":
+            continue
+        if form in ("rankings", "scores") and len(by_reply) > (form == "rankings"):
+            best_first = sorted(set(by_reply.values()), reverse=True)
+            value = {"rank": lambda level: best_first.index(level) + 1, "score": lambda level: level}
+            key = "rank" if form == "rankings" else "score"
+            lines.append({"messages": found["messages"], "outputs": [
+                {"response": texts[id], key: value[key](level)} for id, level in by_reply.items()]})
+        elif form in ("pairs", "triples"):
+            lines += [pair(found["messages"], texts[a], texts[b], form)
+                      for a in by_reply for b in by_reply if by_reply[a] > by_reply[b]]
+    return lines
+
+
+def pair(messages, better, worse, form):
+    """A record of two replies."""
+    if form == "triples":
+        return {"question": messages[-1]["content"], "accepted": better, "rejected": worse}
+    return {"messages": messages, "chosen": better, "rejected": worse}
 
 
 def append(path, record):

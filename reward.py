@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional as F
 
 import checkpoint
+import ratings
 from batches import draws, joined, packed_replies, rows_of_step, score_texts, share
 from cli import UserError, option, parse_config, run, write_text
 from metrics import calibration_error, pearson, words
@@ -51,6 +52,8 @@ MARGINS = (0.5, 1.0, 2.0)       # borders of the margins by which accuracy is to
 class RewardConfig(TrainingConfig):
     """Training of a reward model on judged replies."""
     data: str = option("", "judged replies: FILE[:WEIGHT],...; pairs, triples, rankings or scores, mixed")
+    ratings: str = option("", "beside --data or in its place: ratings.jsonl of people, as the Rate page and feedback.py "
+                              "rate write it, of the replies in --normalize_on")
     val_data: str = option("", "judged replies to be held against; none = the prompts of --val_share")
     val_share: float = option(0.1, "of the prompts that are kept from training where there is no --val_data")
     normalize_on: str = option("", "samples.jsonl of the SFT model, on whose replies the scores get mean 0 "
@@ -88,8 +91,8 @@ def main(config):
         if config.score:
             score_file(config, ranks)
             return
-        if not config.data:
-            raise UserError("--data is missing; name files of judged replies: FILE[:WEIGHT],...")
+        if not config.data and not config.ratings:
+            raise UserError("--data is missing; name files of judged replies: FILE[:WEIGHT],..., or --ratings")
         for n in sizes_of(config.curve):
             out_dir = Path(config.out_dir) / "curve" / str(n)
             train(replace(config, max_comparisons=n, curve="", out_dir=str(out_dir)), ranks)
@@ -255,21 +258,19 @@ def read_prompts(spec, tokenizer, max_tokens, config, say=print):
 def add_record(found, record, tokenizer, max_tokens, copies):
     """Put a record's replies and judgements to those of its prompt, a new one if it has not been seen."""
     comparison = to_comparison(record)
-    asked = tokenizer.encode_chat(comparison.messages, add_generation_prompt=True)[0]
-    replies = [[*tokenizer.encode(text.strip()), tokenizer.im_end_id] for text in comparison.replies]
-    whole = [joined(asked, reply, max_tokens) for reply in replies]
+    whole = with_prompt(comparison.messages, comparison.replies, tokenizer, max_tokens)
     key = json.dumps(comparison.messages, ensure_ascii=False)
     prompt = found.setdefault(key if comparison.messages else comparison.replies[0],
                               Prompt([], [], [], [], []))
     places = []
-    for text, ids, reply in zip(comparison.replies, whole, replies):
+    for text, ids in zip(comparison.replies, whole):
         if ids not in prompt.ids:
             prompt.ids.append(ids)
             prompt.texts.append(text)
-            prompt.lengths.append(len(reply))
+            prompt.lengths.append(len(tokenizer.encode(text.strip())) + 1)
         places.append(prompt.ids.index(ids))
     ranks, scores = comparison.ranks, comparison.scores
-    if ranks is None and len(replies) > 1:
+    if ranks is None and len(whole) > 1:
         ranks = [-score for score in scores]
     if ranks is not None and len(set(ranks)) > 1:
         order = sorted(set(ranks))
@@ -277,10 +278,33 @@ def add_record(found, record, tokenizer, max_tokens, copies):
     prompt.scores += list(zip(places, scores or ())) * copies
 
 
+def with_prompt(messages, replies, tokenizer, max_tokens):
+    """Ids of each reply with its prompt before it and its end."""
+    asked = tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
+    return [joined(asked, [*tokenizer.encode(text.strip()), tokenizer.im_end_id], max_tokens) for text in replies]
+
+
+def add_ratings(found, path, samples, tokenizer, max_tokens, say):
+    """Put what people said of the samples to the prompts: marks as scores, all else as rankings."""
+    if not samples:
+        raise UserError("--ratings needs --normalize_on: the samples.jsonl that was rated")
+    judged = ratings.read_ratings(path, samples)
+    records = [*ratings.records_of(judged, samples, "scores"),
+               *ratings.records_of([r for r in judged if r["kind"] != "rubric"], samples, "rankings")]
+    if not records:
+        raise UserError(f"{path}: no ratings in it, or no such file")
+    for record in records:
+        add_record(found, record, tokenizer, max_tokens, 1)
+    say(f"{path}: {len(judged):,} ratings by {len({r['annotator'] for r in judged})} people")
+
+
 def open_data(config, model_config, tokenizer, ranks):
     """({"train", "val": [Prompt], "scale": (mean, sd) of ratings, "normal": texts}, the config filled in)."""
     T = config.max_seq_len or model_config.max_seq_len
-    found = read_prompts(config.data, tokenizer, T, config, ranks.say)
+    found = read_prompts(config.data, tokenizer, T, config, ranks.say) if config.data else {}
+    samples = ratings.read_samples(config.normalize_on) if config.normalize_on else {}
+    if config.ratings:
+        add_ratings(found, config.ratings, samples, tokenizer, T, ranks.say)
     if config.val_data:
         train, val = list(found.values()), list(read_prompts(config.val_data, tokenizer, T, config,
                                                              ranks.say).values())
@@ -293,14 +317,17 @@ def open_data(config, model_config, tokenizer, ranks):
                           ("score_coef", config.score_coef, sum(len(p.scores) for p in train))):
         if coef and not n and not (config.pair_coef and config.score_coef):
             other, what = (("score_coef", "comparisons") if name == "pair_coef" else ("pair_coef", "scores"))
-            raise UserError(f"{config.data}: no {what} to learn from; give --{name} 0 --{other} 1")
+            raise UserError(f"{config.data or config.ratings}: no {what} to learn from; give --{name} 0 --{other} 1")
     if not config.pair_coef and not config.score_coef:
         raise UserError("pair_coef 0 and score_coef 0 leave nothing to learn; raise one of them")
     scores = [score for prompt in train for _, score in prompt.scores]
     scale = (float(np.mean(scores)), float(np.std(scores)) or 1.0) if scores else (0.0, 1.0)
     normal = [ids for prompt in train for ids in prompt.ids]
     if config.normalize_on:
-        normal = read_samples(config.normalize_on, tokenizer, T)
+        normal = [ids for sample in samples.values()
+                  for ids in with_prompt(sample["messages"], [reply["text"] for reply in sample["replies"]], tokenizer, T)]
+        if len(normal) < 2:
+            raise UserError(f"{config.normalize_on}: {len(normal)} replies are too few to normalise on")
     steps = max(1, math.ceil(len(train) / config.batch_size))
     ranks.say(f"prompts: {len(train):,} to learn from, {len(val):,} to judge by")
     config = replace(config, max_seq_len=T, **(
@@ -320,22 +347,6 @@ def split(found, share):
         raise UserError(f"val_share {share} of {len(found)} prompts leaves {len(parts[0])} for training and "
                         f"{len(parts[1])} for validation; change it or give --val_data")
     return parts
-
-
-def read_samples(path, tokenizer, max_tokens):
-    """The replies of a samples.jsonl with their prompts, as tokens."""
-    found = []
-    for where, record in read_records(path):
-        try:
-            asked = tokenizer.encode_chat(record["messages"], add_generation_prompt=True)[0]
-            found += [joined(asked, [*tokenizer.encode(reply["text"].strip()), tokenizer.im_end_id],
-                             max_tokens)
-                      for reply in record["replies"]]
-        except (KeyError, TypeError):
-            raise UserError(f"{where}: not a line of samples.jsonl, written by feedback.py") from None
-    if len(found) < 2:
-        raise UserError(f"{path}: {len(found)} replies are too few to normalise on")
-    return found
 
 
 def sizes_of(text):
@@ -504,9 +515,7 @@ def score_file(config, ranks):
             messages, replies = replies_of(record)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        asked = tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
-        scores = score_texts(model, [joined(asked, [*tokenizer.encode(text.strip()), tokenizer.im_end_id],
-                                            model.config.max_seq_len) for text in replies])
+        scores = score_texts(model, with_prompt(messages, replies, tokenizer, model.config.max_seq_len))
         print(json.dumps({"where": where, "scores": [round(score, 4) for score in scores.tolist()]}))
 
 

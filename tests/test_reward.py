@@ -14,9 +14,11 @@ import checkpoint
 import reward
 from batches import joined, packed_replies, score_texts
 from cli import UserError
+from feedback import CollectConfig, collect
 from metrics import calibration_error, interval, krippendorff_alpha, nominal, pearson
 from model import ModelConfig, ScalarModel
 from ranks import on_ranks
+from ratings import ASPECTS, append
 from records import to_comparison
 from reward import (PRESETS, RewardConfig, baselines, interval95, judge, pairwise_accuracy, preference_loss,
                     score_loss, train)
@@ -322,6 +324,37 @@ def test_each_reply_is_read_once_and_pairs_of_it_are_one_prompt(ready, tmp_path)
     assert [sorted(p.pairs()) for p in read[0]] == [sorted(p.pairs()) for p in read[1]]
 
 
+def test_people_s_ratings_train_as_they_are(ready, tmp_path):
+    """ratings.jsonl, as the Rate page writes it, gives what feedback.py collect makes of it, and a whole run."""
+    samples = [{"id": f"s{i}", "messages": [{"role": "user", "content": f"Say {i}."}],
+                "replies": [{"id": f"r{j}", "text": f"{word} {i}"} for j, word in enumerate(("yes", "no", "so"))]}
+               for i in range(40)]
+    for i, found in enumerate(samples):
+        marks = {f"r{j}": dict.fromkeys(ASPECTS, 5 - j) for j in range(3)}
+        for name in "ada", "bo":
+            append(tmp_path / "people.jsonl", {"sample": found["id"], "annotator": name, **[
+                {"kind": "ranking", "ranking": [["r0"], ["r2", "r1"]]}, {"kind": "choice", "ranking": [["r1"], ["r0"]]},
+                {"kind": "rubric", "scores": marks}][i % 3]})
+    write(tmp_path / "samples.jsonl", samples)
+    config = config_of(ready, tmp_path / "run", data="", ratings=str(tmp_path / "people.jsonl"),
+                       normalize_on=str(tmp_path / "samples.jsonl"), max_steps=2, bootstrap=5)
+    model_config, tokenizer = checkpoint.source(config)
+    found = reward.open_data(config, model_config, tokenizer, Ranks())[0]
+    for form in "rankings", "scores":
+        collect(CollectConfig(config.normalize_on, config.ratings, form=form, out=str(tmp_path / f"{form}.jsonl")))
+    by_file = reward.read_prompts(f"{tmp_path}/rankings.jsonl,{tmp_path}/scores.jsonl", tokenizer, 128, config, str)
+    direct = {tuple(map(tuple, p.ids)): p for p in found["train"] + found["val"]}
+    assert len(direct) == len(by_file) == 40
+    for prompt in by_file.values():
+        same = direct[tuple(map(tuple, prompt.ids))]
+        assert set(same.pairs()) == set(prompt.pairs()) and same.scores == prompt.scores
+    assert len(found["normal"]) == 120
+    train(config, Ranks())
+    for name, words in (("none.jsonl", "no such file"), ("samples.jsonl", "samples.jsonl:1: a rating has no 'sample'")):
+        with pytest.raises(UserError, match=words):
+            train(replace(config, ratings=str(tmp_path / name), out_dir=str(tmp_path / "bad")), Ranks())
+
+
 def test_baselines_see_length_and_words(ready, tmp_path):
     config = config_of(ready, tmp_path)
     _, tokenizer = checkpoint.source(config)
@@ -387,6 +420,7 @@ def test_a_bad_record_is_one_line_with_its_place(ready, tmp_path, record, wrong)
     (dict(val_share=0.0), "val_share 0.0 is a share"), (dict(curve="a"), "curve 'a' is not a list"),
     (dict(score_coef=-1.0), "score_coef -1.0 must not"), (dict(normalize_on="none.jsonl"), "no such file"),
     (dict(score="none.jsonl"), "is no reward model"),
+    (dict(ratings="none.jsonl"), "--ratings needs --normalize_on"),
 ])
 def test_bad_flags_are_one_line(ready, tmp_path, changes, wrong):
     with pytest.raises(UserError, match=wrong) as error:
