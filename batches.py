@@ -323,14 +323,23 @@ def bits_per_byte(model, shards, tokenizer, max_seq_len, batch_rows=8, max_docum
 
 
 def bits_from_sums(sums):
-    """{language: (nats, bytes)}, summed over ranks -> {"all": bits per byte, language: bits per byte}."""
-    sums = {"all": np.sum(list(sums.values()), axis=0), **sums}
-    return {name: float(nats / n_bytes / np.log(2)) for name, (nats, n_bytes) in sums.items() if n_bytes}
+    """{language: (nats, bytes, tokens)}, summed over ranks -> {"all": bits per byte, language: bits per byte}."""
+    return {name: float(nats / n_bytes / np.log(2)) for name, (nats, n_bytes, _) in with_all(sums) if n_bytes}
+
+
+def perplexity_from_sums(sums):
+    """The same -> {"all": exp(nats a token), language: that}."""
+    return {name: float(np.exp(nats / n_tokens)) for name, (nats, _, n_tokens) in with_all(sums) if n_tokens}
+
+
+def with_all(sums):
+    """The sums of all languages together, then those of each."""
+    return [("all", np.sum(list(sums.values()), axis=0)), *sums.items()]
 
 
 @torch.no_grad()
 def document_sums(model, shards, tokenizer, max_seq_len, batch_rows=8, max_documents=0, rank=0, world_size=1):
-    """{language: float64 (nats, bytes)} over this rank's share of the documents of `shards`.
+    """{language: float64 (nats, bytes, tokens)} over this rank's share of the documents of `shards`.
 
     Every rank makes the same number of forward passes on batches of one shape, as FSDP and compilation need,
     and returns the same languages in the same order, so the values of the ranks add up.
@@ -338,7 +347,7 @@ def document_sums(model, shards, tokenizer, max_seq_len, batch_rows=8, max_docum
     check_tokenizer(shards, tokenizer)
     n_bytes = torch.tensor([len(b) for b in tokenizer.token_bytes])
     n_bytes[shards.eot_id] = 0
-    sums, was_training = {language: np.zeros(2) for language in shards.languages}, model.training
+    sums, was_training = {language: np.zeros(3) for language in shards.languages}, model.training
     rows = packed_pieces(scoring_pieces(shards, max_seq_len, max_documents), max_seq_len)
     model.eval()
     try:
@@ -348,7 +357,7 @@ def document_sums(model, shards, tokenizer, max_seq_len, batch_rows=8, max_docum
             nats = target_nats(model, ids, targets, doc_ids)
             for i, language in enumerate(sums):
                 here = scored == i
-                sums[language] += nats[here].sum().item(), n_bytes[targets[here]].sum().item()
+                sums[language] += nats[here].sum().item(), n_bytes[targets[here]].sum().item(), here.sum().item()
     finally:
         model.train(was_training)
     return sums

@@ -1,7 +1,7 @@
 """Evaluation: what a checkpoint knows in numbers, several side by side.
 
     python evaluate.py --models out/pretrain,out/sft --tasks eval_val.jsonl --requests requests.jsonl
-    python evaluate.py --models out/pretrain --text_dir out/data            # bits per byte
+    python evaluate.py --models out/pretrain --text_dir out/data            # bits per byte, perplexity
     python evaluate.py --models out/sft,out/ppo --prompts prompts_val.jsonl --requests requests.jsonl \
         --reward_model out/reward --best_of 64          # policies against the first one
     python evaluate.py --runs "out/*"                                       # one row a run with its settings
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from batches import Shards, bits_per_byte, score_replies
+from batches import Shards, bits_from_sums, document_sums, perplexity_from_sums, score_replies
 from cli import UserError, option, parse_config, progress_bar, run, write_text
 from data.gold import ASPECTS, Look, gold, rate
 from generate import generate, reply_logprobs
@@ -40,7 +40,7 @@ class EvaluateConfig:
     models: str = option("", "OUT directories or checkpoints, separated by commas")
     tasks: str = option("", "examples with references, .jsonl")
     requests: str = option("", "requests.jsonl of the story world; with it, gold marks the replies")
-    text_dir: str = option("", "token shards; bits per byte of their validation split")
+    text_dir: str = option("", "token shards; bits per byte and perplexity of their validation split")
     limit: int = option(0, "examples of each task and language; 0 = all")
     temperature: float = option(0.0, "0 = greedy")
     max_new_tokens: int = option(100, "longest reply, tokens")
@@ -83,7 +83,8 @@ def judge(config, model, tokenizer, examples, requests):
     found = {"text": {}, "tasks": [], "replies": []}
     if config.text_dir:
         shards = Shards(config.text_dir, "val")
-        found["text"] = {"bits_per_byte": bits_per_byte(model, shards, tokenizer, model.config.max_seq_len)}
+        sums = document_sums(model, shards, tokenizer, model.config.max_seq_len)
+        found["text"] = {"bits_per_byte": bits_from_sums(sums), "perplexity": perplexity_from_sums(sums)}
     if examples:
         texts, ended = answer(model, tokenizer, [e["messages"] for e in examples], config.max_new_tokens,
                               config.temperature, config.seed)
@@ -386,7 +387,7 @@ def print_results(name, found, n_shown):
     """A model's numbers as a table, then some transcripts."""
     print(f"\n== {name}")
     for language, bits in found["text"].get("bits_per_byte", {}).items():
-        print(f"text, {language}: {bits:.4f} bits/byte")
+        print(f"text, {language}: {bits:.4f} bits/byte, perplexity {found['text']['perplexity'][language]:.2f} a token")
     if found["tasks"]:
         print_table(found["tasks"])
     seen = {}

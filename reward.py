@@ -52,8 +52,8 @@ MARGINS = (0.5, 1.0, 2.0)       # borders of the margins by which accuracy is to
 class RewardConfig(TrainingConfig):
     """Training of a reward model on judged replies."""
     data: str = option("", "judged replies: FILE[:WEIGHT],...; pairs, triples, rankings or scores, mixed")
-    ratings: str = option("", "beside --data or in its place: ratings.jsonl of people, as the Rate page and feedback.py "
-                              "rate write it, of the replies in --normalize_on")
+    ratings: str = option("", "beside --data or in its place: judgements as the Rate page and feedback.py rate "
+                              "write them, of the replies in --normalize_on")
     val_data: str = option("", "judged replies to be held against; none = the prompts of --val_share")
     val_share: float = option(0.1, "of the prompts that are kept from training where there is no --val_data")
     normalize_on: str = option("", "samples.jsonl of the SFT model, on whose replies the scores get mean 0 "
@@ -320,12 +320,15 @@ def open_data(config, model_config, tokenizer, ranks):
             raise UserError(f"{config.data or config.ratings}: no {what} to learn from; give --{name} 0 --{other} 1")
     if not config.pair_coef and not config.score_coef:
         raise UserError("pair_coef 0 and score_coef 0 leave nothing to learn; raise one of them")
+    if not any(prompt.pairs() for prompt in val) and sum(len(prompt.scores) for prompt in val) < 3:
+        raise UserError(f"the {len(val)} validation prompts hold nothing to judge by; give --val_data or more --val_share")
     scores = [score for prompt in train for _, score in prompt.scores]
     scale = (float(np.mean(scores)), float(np.std(scores)) or 1.0) if scores else (0.0, 1.0)
     normal = [ids for prompt in train for ids in prompt.ids]
     if config.normalize_on:
-        normal = [ids for sample in samples.values()
-                  for ids in with_prompt(sample["messages"], [reply["text"] for reply in sample["replies"]], tokenizer, T)]
+        normal = []
+        for sample in samples.values():
+            normal += with_prompt(sample["messages"], [reply["text"] for reply in sample["replies"]], tokenizer, T)
         if len(normal) < 2:
             raise UserError(f"{config.normalize_on}: {len(normal)} replies are too few to normalise on")
     steps = max(1, math.ceil(len(train) / config.batch_size))
@@ -455,9 +458,6 @@ def normalize(model, texts):
 def conclude(config, found, data, log, ranks):
     """Say and write what the model is worth; returns the gate for config.json."""
     metric = "accuracy" if config.pair_coef and "accuracy" in found else "pearson"
-    if metric not in found:
-        raise UserError("the validation prompts hold nothing to judge by; give --val_data or more "
-                        "--val_share")
     chance = 0.5 if metric == "accuracy" else 0.0
     low = found[f"{metric}_interval"][0]
     gate = {"metric": metric, "value": found[metric], "low": low, "passed": bool(low > chance)}

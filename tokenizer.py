@@ -1,9 +1,10 @@
 """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): trained here by hand, applied by tiktoken.
 
-Text is split by Llama 3's pattern into words, and inside words the most frequent pair of tokens is merged,
-again and again; learning keeps marks and letters apart besides. Ids: 0-255 the bytes in GPT-2's order, the merges as they were learnt, the four specials. The
-trainer's trick is to do many merges at once in numpy, with the same result: see `learn_merges`. Special
-tokens are never recognised in text; they come from `encode_chat` and from whoever packs documents.
+Text is split by Llama 3's pattern into words, and inside words the most frequent pair of tokens is merged, again and
+again; learning keeps marks and letters apart besides. Ids: 0-255 the bytes in GPT-2's order, the merges as they were
+learnt, the four specials. The trainer's trick is to do many merges at once in numpy, with the same result: see
+`learn_merges`. Special tokens are never recognised in text; they come from `encode_chat` and from whoever packs
+documents.
 """
 
 import codecs

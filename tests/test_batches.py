@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import batches
-from batches import (Shards, bits_from_sums, bits_per_byte, check_tokenizer, data_step, document_sums,
+from batches import (Shards, bits_from_sums, bits_per_byte, check_tokenizer, data_step, document_sums, perplexity_from_sums,
                      first_fit, n_rows, packed_rows, rows_of_step, scoring_windows, share)
 from cli import UserError
 from model import LanguageModel, ModelConfig
@@ -269,7 +269,7 @@ def small_model():
 
 
 def slow_sums(model, files, T):
-    """(nats, bytes) by language: one document, one target, one forward at a time, straight from the texts."""
+    """(nats, bytes, tokens) by language: one document, one target, one forward at a time, straight from the texts."""
     sums = {}
     with torch.no_grad():
         for language, texts in files:
@@ -280,7 +280,7 @@ def slow_sums(model, files, T):
                     start = 0 if t < T else -(-(t - T + 1) // stride) * stride
                     logits = model(torch.tensor([stream[start:t + 1]]))[0, -1]
                     nats -= logits.log_softmax(-1)[stream[t + 1]].item()
-                sums[language] = sums.get(language, 0) + np.array([nats, len(text.encode())])
+                sums[language] = sums.get(language, 0) + np.array([nats, len(text.encode()), len(stream) - 1])
     return sums
 
 
@@ -348,5 +348,7 @@ def test_max_documents_spreads_over_the_split(scored):
 
 def test_bits_from_sums():
     """8 bits a byte, as for a model that knows nothing of bytes: nats = n * ln 256."""
-    bits = bits_from_sums({"en": np.array([3 * np.log(256), 3]), "zh": np.array([0.0, 1])})
+    bits = bits_from_sums({"en": np.array([3 * np.log(256), 3, 2]), "zh": np.array([0.0, 1, 1])})
     assert bits == pytest.approx({"all": 6.0, "en": 8.0, "zh": 0.0})
+    perplexity = perplexity_from_sums({"en": np.array([2 * np.log(5), 9, 2]), "zh": np.array([np.log(7), 1, 1])})
+    assert perplexity == pytest.approx({"all": 175 ** (1 / 3), "en": 5.0, "zh": 7.0})

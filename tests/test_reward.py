@@ -413,6 +413,13 @@ def test_a_bad_record_is_one_line_with_its_place(ready, tmp_path, record, wrong)
     train(config_of(ready, tmp_path / "run", data=data, skip_bad=True, max_steps=1, bootstrap=5), Ranks())
 
 
+def test_nothing_to_judge_by_is_said_before_training(ready, tmp_path):
+    val = write(tmp_path / "val.jsonl", [{"prompt": "x", "outputs": [{"response": w, "rank": 1} for w in "ab"]}])
+    with pytest.raises(UserError, match="the 1 validation prompts hold nothing to judge by"):
+        train(config_of(ready, tmp_path / "run", val_data=val), Ranks())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("changes, wrong", [
     (dict(data=""), "--data is missing"), (dict(data="none.jsonl"), "none.jsonl: no such file"),
     (dict(init_from=""), "--init_from is missing"), (dict(pair_coef=0.0), "leave nothing to learn"),
