@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -170,6 +172,33 @@ def test_simulation_outlives_kills(world, tmp_path):
     subprocess.run([*command, str(broken)], cwd=ROOT, check=True, capture_output=True)
     assert [{k: v for k, v in r.items() if k != "time"} for r in read(broken)] == [
         {k: v for k, v in r.items() if k != "time"} for r in read(whole)]
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.full)])
+def test_judging_in_the_terminal_outlives_kills(world, tmp_path, kills):
+    """Killed while it asks and writes; what it had confirmed is kept, and in the end each sample is judged once."""
+    samples = write(tmp_path / "s.jsonl", [dict(read(world / "samples.jsonl")[0], id=f"s{i}") for i in range(400)])
+    path, command = tmp_path / "r.jsonl", [sys.executable, "feedback.py", "rate", "--samples", samples, "--annotator", "ada",
+                                           "--kind", "choice", "--out", str(tmp_path / "r.jsonl")]
+    rng, confirmed = random.Random(0), 0
+    for attempt in range(kills + 1):
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        with suppress(BrokenPipeError):
+            process.stdin.write("1\n" * 400)
+            process.stdin.flush()
+            if attempt < kills:
+                before = path.stat().st_size if path.exists() else 0
+                while process.poll() is None and (not path.exists() or path.stat().st_size < before + rng.randrange(200, 4000)):
+                    pass
+                process.kill()
+            process.stdin.close()
+        process.wait()
+        kept = read_ratings(path, read_samples(samples))
+        assert len(kept) >= confirmed
+        confirmed = len(kept)
+        assert attempt == kills or confirmed < 400, "it was through before the kill"
+    assert confirmed == 400 and path.read_bytes().count(b"\n") <= 400 + kills
+    assert len({r["sample"] for r in kept}) == 400
 
 
 # ---- simulate
