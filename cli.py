@@ -8,6 +8,7 @@ import argparse
 import difflib
 import errno
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -37,6 +38,23 @@ def need(module, package):
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"{module} is not installed; pip install {package}")
+
+
+def python_function(spec, flag):
+    """The function that "FILE.py:NAME" names, for the flag of that name."""
+    path, _, name = spec.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise UserError(f"{flag} {spec!r}: no such file; give FILE.py:NAME")
+    module_spec = importlib.util.spec_from_file_location(flag, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{flag} {path} cannot be imported: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{flag} {spec!r}: {path} has no function {name}")
+    return function
 
 
 def progress_bar(**options):

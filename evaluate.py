@@ -21,7 +21,7 @@ import torch
 
 import checkpoint
 from batches import Shards, bits_from_sums, document_sums, perplexity_from_sums, score_replies
-from cli import UserError, option, parse_config, progress_bar, run, write_text
+from cli import UserError, option, parse_config, progress_bar, python_function, run, write_text
 from data.gold import ASPECTS, Look, gold, rate
 from generate import generate, reply_logprobs
 from metrics import (accuracy, bleu, distinct_n, exact_match, precision_recall_f1, repetition_rate, rouge,
@@ -48,6 +48,8 @@ class EvaluateConfig:
     prompts: str = option("", "instead of tasks: prompts {id, messages} that the models answer at "
                               "temperature 1; the first one is what the others are held against")
     reward_model: str = option("", "run of reward.py that scores those replies")
+    judge: str = option("", "in the place of gold, for prompts of your own: FILE.py:NAME of NAME(prompts, replies) -> list "
+                            "of numbers, lists of texts; not what they were trained on")
     best_of: int = option(0, "replies of the first model a prompt, for best-of-n; 0 = none")
     show: int = option(0, "transcripts to print, of each task and language or of the prompts")
     out: str = option("", "also write everything, replies included, to this JSON file")
@@ -231,14 +233,14 @@ def compare(config):
     All answer the same prompts once at temperature 1. gold_units is gold in standard deviations of the first
     model's over these prompts, from its mean.
     """
-    if not config.requests or not config.reward_model:
-        raise UserError("--prompts needs --requests and --reward_model; both judge the replies")
+    if bool(config.requests) == bool(config.judge) or not config.reward_model:
+        raise UserError("--prompts needs --reward_model, and --requests (story world) or --judge FILE.py:NAME")
     device = pick_device(config.device)
     judge_model, tokenizer, _ = checkpoint.load_model(config.reward_model, device)
     if not isinstance(judge_model, ScalarModel):
         raise UserError(f"--reward_model {config.reward_model} is no reward model; give a run of reward.py")
     examples = [record for _, record in read_records(config.prompts)][:config.limit or None]
-    requests = read_requests(config.requests, examples)
+    truth = true_marks(config, examples)
     asked = [tokenizer.encode_chat(e["messages"], add_generation_prompt=True)[0] for e in examples]
     rows, said, reference, base = [], [], None, None
     for name in models_of(config.models):
@@ -249,17 +251,16 @@ def compare(config):
             raise UserError(f"model {name}: its tokenizer is not the reward model's; they cannot be compared")
         reference = reference or model
         replies = sampled(model, asked, config, tokenizer.im_end_id)
-        found = judged(replies, asked, examples, requests, judge_model, tokenizer)
+        found = judged(replies, asked, truth, judge_model, tokenizer)
         found["kl"] = divergence(model, reference, asked, replies)
         base = base or found
-        rows.append({"model": name, **against(found, base)})
+        rows.append({"model": name, **against(found, base, 5 if config.requests else None)})
         said.append(found["text"])
     print_table(rows)
     for i, example in enumerate(examples[:config.show]):
         print(f"--- {example['messages'][-1]['content']}")
         print(*(f"{row['model']}: {texts[i]}" for row, texts in zip(rows, said)), sep="\n")
-    curve, best = best_of(config, reference, asked, examples, requests, judge_model, tokenizer,
-                          base) if config.best_of else ([], [])
+    curve, best = best_of(config, reference, asked, truth, judge_model, tokenizer, base) if config.best_of else ([], [])
     if curve:
         print_table(curve)
     if config.out:
@@ -268,6 +269,22 @@ def compare(config):
                       for e, *texts in list(zip(examples, *said, *([best] if best else [])))[:config.show]]
         found = {"policies": rows, "best_of": curve, "transcripts": shown_ones}
         write_text(Path(config.out), json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+
+
+def true_marks(config, examples):
+    """A function of one reply to each example that gives their marks: gold's, or those of --judge."""
+    if config.requests:
+        requests = read_requests(config.requests, examples)
+        return lambda texts: [gold(requests[e["id"]], text) for e, text in zip(examples, texts)]
+    function, asked = python_function(config.judge, "judge"), [e["messages"][-1]["content"] for e in examples]
+
+    def marks(texts):
+        found = [float(x) for x in function(asked, texts)]
+        if len(found) != len(texts) or not all(map(math.isfinite, found)):
+            raise UserError(f"--judge {config.judge} must give one finite number a reply; it gave {len(found)} for "
+                            f"{len(texts)}, {sum(map(math.isfinite, found))} of them finite")
+        return found
+    return marks
 
 
 def models_of(names):
@@ -291,13 +308,12 @@ def sampled(model, prompts, config, eos_id, draw=0):
     return replies
 
 
-def judged(replies, prompts, examples, requests, judge_model, tokenizer):
+def judged(replies, prompts, truth, judge_model, tokenizer):
     """{"text", "score", "gold", "length", "ended"}: a list over the replies each."""
     eos = tokenizer.im_end_id
     words = [tokenizer.decode([id for id in ids if id < tokenizer.eot_id]) for ids in replies]
     return {"text": words, "score": score_replies(judge_model, prompts, replies, eos).tolist(),
-            "gold": [gold(requests[e["id"]], text) for e, text in zip(examples, words)],
-            "length": [len(ids) for ids in replies], "ended": [ids[-1] == eos for ids in replies]}
+            "gold": truth(words), "length": [len(ids) for ids in replies], "ended": [ids[-1] == eos for ids in replies]}
 
 
 def divergence(model, reference, prompts, replies):
@@ -311,9 +327,10 @@ def divergence(model, reference, prompts, replies):
     return kl
 
 
-def against(found, base):
+def against(found, base, ceiling=5):
     """A row: means of `found`, its gold in units of `base`, and how often it wins, ties counting half.
 
+    ceiling: the highest mark there is, if there is one.
     gold_same_length is the policy's part of gold ~ 1 + length + policy, least squares over both's replies.
     """
     gold_, base_gold = np.array(found["gold"]), np.array(base["gold"])
@@ -325,20 +342,19 @@ def against(found, base):
     return {"n": len(gold_), "score": float(np.mean(found["score"])), "gold": float(gold_.mean()),
             "gold_units": float((gold_.mean() - base_gold.mean()) / unit),
             "gold_same_length": float(fit[2] / unit) if found is not base else 0.0,
-            "to_ceiling": float((gold_.mean() - base_gold.mean()) / (5 - base_gold.mean())),
+            **({"to_ceiling": float((gold_.mean() - base_gold.mean()) / (ceiling - base_gold.mean()))} if ceiling else {}),
             "win_rate": float(wins.mean()), "kl": float(np.mean(found["kl"])),
             "kl_error": float(np.std(found["kl"]) / len(gold_) ** 0.5),
             "length": float(np.mean(found["length"])), "ended": float(np.mean(found["ended"]))}
 
 
-def best_of(config, model, asked, examples, requests, judge_model, tokenizer, base):
+def best_of(config, model, asked, truth, judge_model, tokenizer, base):
     """Rows of best-of-n for n = 1, 2, 4, ...: chosen by score, judged by gold, in the units of `against`.
 
     Also the reply with the best score to each prompt.
     """
-    draws = [judged(sampled(model, asked, config, tokenizer.im_end_id, draw + 1), asked, examples, requests,
-                    judge_model, tokenizer) for draw in progress_bar(iterable=range(config.best_of),
-                                                                     desc="best of n")]
+    draws = [judged(sampled(model, asked, config, tokenizer.im_end_id, draw + 1), asked, truth, judge_model, tokenizer)
+             for draw in progress_bar(iterable=range(config.best_of), desc="best of n")]
     scores, marks = (np.array([d[key] for d in draws]).T for key in ("score", "gold"))         # (prompts, N)
     unit, rows, n = np.std(base["gold"]) or 1.0, [], 1
     while n <= config.best_of:

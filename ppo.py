@@ -11,7 +11,6 @@ Masks are (B, R), 1 = a token of the reply.
 A score is one number a reply, a reward one a token: -kl_coef * KL everywhere, the score on the last token.
 """
 
-import importlib.util
 import math
 import time
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from torch import nn
 import checkpoint
 from batches import (Shards, check_tokenizer, draws, n_rows, packed_rows, rows_of_step, score_replies,
                      share)
-from cli import UserError, option, parse_config, run
+from cli import UserError, option, parse_config, python_function, run
 from generate import generate
 from model import (LanguageModel, ModelConfig, ScalarModel, count_params, token_logprobs,
                    training_memory)
@@ -596,18 +595,7 @@ def model_score(reward_model, eos_id):
 
 def function_score(spec, texts, tokenizer):
     """score(prompts, responses) of a user's function of texts, "FILE.py:NAME"."""
-    path, _, name = spec.rpartition(":")
-    if not path or not Path(path).is_file():
-        raise UserError(f"reward_fn {spec!r}: no such file; give FILE.py:NAME")
-    module_spec = importlib.util.spec_from_file_location("reward_fn", path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"reward_fn {path} cannot be imported: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"reward_fn {spec!r}: {path} has no function {name}")
+    function = python_function(spec, "reward_fn")
 
     def score(prompts, responses):
         return function([texts[tuple(prompt)] for prompt in prompts],

@@ -164,7 +164,15 @@ def test_a_model_against_itself_and_another(ready, tmp_path, capsys):
     scores = [row["score"] for row in found["best_of"]]
     assert scores == sorted(scores) and found["best_of"][2]["kl"] == pytest.approx(math.log(4) - 3 / 4)
     assert "other: " in capsys.readouterr().out
-    for changes, wrong in ((dict(requests=""), "needs --requests"), (dict(reward_model=""), "and --reward_model"),
+    mine = tmp_path / "mine.py"
+    mine.write_text("def shorter(prompts, replies): return [-len(r) for p, r in zip(prompts, replies, strict=True)]\n"
+                    "def short(prompts, replies): return [1.0]\n")
+    compare(EvaluateConfig(**vars(config) | dict(requests="", judge=f"{mine}:shorter")))
+    two = json.loads((tmp_path / "o.json").read_text())["policies"][1]
+    assert two["gold"] < 0 and "to_ceiling" not in two and "to_ceiling" in found["policies"][1]
+    for changes, wrong in ((dict(requests=""), "and --requests .story world. or --judge"), (dict(reward_model=""), "needs --reward"),
+                           (dict(judge=f"{mine}:shorter"), "or --judge"),
+                           (dict(requests="", judge=f"{mine}:short"), "one finite number a reply; it gave 1 for 6"),
                            (dict(reward_model=str(ready / "model")), "is no reward model"),
                            (dict(models=f"{tmp_path}/none*"), "nothing is there"),
                            (dict(models=str(tmp_path / "reward")), "gives scores, not text")):
