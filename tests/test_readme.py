@@ -31,14 +31,12 @@ def tiny(command):
     name, *words = command
     script = next(word for word in words if word in TINY)
     part = next((word for word in words if word in ("sample", "rate", "simulate", "collect")), script)
-    quick = [] if {"--resume", "--runs", "--show"} & set(words) and script != "evaluate.py" or "--runs" in words else TINY[part].split()
+    nothing_runs = "--runs" in words or "--resume" in words or script == "sft.py" and "--show" in words
     if name == "torchrun":
-        words = [re.sub(r"=\d+", "=2", word) if "nproc" in word else word for word in words]
-        start = [sys.executable, "-m", "torch.distributed.run"]
-    else:
-        start = [sys.executable]
+        words = [re.sub(r"(nproc_per_node)=\d+", r"\1=2", word) for word in words]
+    start = [sys.executable, *["-m", "torch.distributed.run"] * (name == "torchrun")]
     typed = next((text for word, text in TYPED.items() if word in words), "")
-    return [*start, *words, *quick], typed
+    return [*start, *words, *([] if nothing_runs else TINY[part].split())], typed
 
 
 @pytest.mark.full
