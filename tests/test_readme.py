@@ -19,7 +19,7 @@ TINY = {                        # added to a command of this script; the last wo
     "data.world": "", "data.instructions": "--examples 240 --prompts 60", "tokenizer.py": "--vocab_size 512", "data.prepare": "",
     "pretrain.py": f"{SHAPE} {STEPS} --micro_batch_size 2 --eval_documents 4", "generate.py": "--max_new_tokens 8",
     "sft.py": f"{STEPS} --epochs 0", "evaluate.py": "--limit 2 --max_new_tokens 8 --best_of 2", "report.py": "",
-    "sample": "--limit 40 --max_new_tokens 12", "rate": "", "simulate": "", "collect": "", "reward.py": "--bootstrap 5 --val_share 0.4",
+    "sample": "--limit 40 --max_new_tokens 12", "rate": "", "simulate": "--temperature 2", "collect": "", "reward.py": "--bootstrap 5 --val_share 0.4",
     "ppo.py": f"{STEPS} --batch_size 8 --response_length 8 --force", "serve.py": "--port 8123",
     "bench.py": f"{SHAPE} --batch_size 2 --rounds 1 --new_tokens 4 --sample_batches 2 --vocab_size 512",
 }
