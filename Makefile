@@ -33,7 +33,7 @@ $(VENV)/.installed-extra: requirements-extra.txt $(VENV)/.installed-demo
 	touch $@
 
 ifeq ($(SIZE),smoke)
-SFT_FLAGS := --max_seq_len 512
+PRETRAIN_FLAGS := --max_seq_len 512
 PPO_FLAGS := --force
 MEGABYTES ?= 0.3
 VOCAB ?= 1024
@@ -116,7 +116,7 @@ $(OUT)/data/.done: $(OUT)/tokenizer/.done
 	touch $@
 
 $(OUT)/pretrain/.done: $(OUT)/data/.done
-	$(call stage,$(OUT)/pretrain,pretrain.py,--data_dir $(OUT)/data)
+	$(call stage,$(OUT)/pretrain,pretrain.py,--data_dir $(OUT)/data $(PRETRAIN_FLAGS))
 
 $(OUT)/tales.txt: $(OUT)/pretrain/.done
 	$(PY) generate.py --model $(OUT)/pretrain --samples 40 --max_new_tokens 240 --temperature 0.5 > $@.part
@@ -125,7 +125,7 @@ $(OUT)/tales.txt: $(OUT)/pretrain/.done
 
 $(OUT)/sft/.done: $(OUT)/tales.txt $(ASKED)/.done
 	$(call stage,$(OUT)/sft,sft.py,--init_from $(OUT)/pretrain --data $(ASKED)/sft_train.jsonl \
-		--val_data $(ASKED)/sft_val.jsonl $(SFT_FLAGS))
+		--val_data $(ASKED)/sft_val.jsonl)
 
 $(FEEDBACK)/samples.jsonl: $(OUT)/sft/.done
 	mkdir -p $(FEEDBACK)

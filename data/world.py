@@ -385,7 +385,7 @@ def report_recognised(path, n_tales):
     """Print the sentences that the grammar cannot produce, and the share that it can, by language."""
     recognisers = {language: Recogniser(language) for language in LANGUAGES}
     texts = re.split(r"^--- \d+\n", Path(path).read_text(encoding="utf-8"), flags=re.M)
-    counts = {language: Counter() for language in LANGUAGES}
+    counts = {language: Counter() for language in (*LANGUAGES, "other")}
     for language, found in (judge(text, recognisers) for text in texts if text.strip()):
         if n_tales and counts[language]["tales"] == n_tales:
             continue
@@ -393,6 +393,8 @@ def report_recognised(path, n_tales):
         print(*(f"{language}: not in the grammar: {sentence}" for sentence, good in found if not good),
               sep="\n")
     for language, n in counts.items():
+        if not n and language == "other":
+            continue
         share = n["accepted"] / max(1, n["sentences"])
         print(f"{language}: {n['accepted']} of {n['sentences']} sentences ({share:.0%}) of {n['tales']} "
               "tales are of the grammar")

@@ -402,3 +402,14 @@ def test_five_grams_stay_far_above_the_bound(language):
     bound = expected(language)["bits_per_byte"]
     print(f"{language}: 5-gram {bits:.3f} bits/byte, bound {bound:.3f}, {bits / bound:.2f} times")
     assert bits > 1.5 * bound
+
+
+def test_text_of_no_language_is_counted_apart(tmp_path, capsys):
+    """An untrained model says such things; the demo's chain once ended there."""
+    (tmp_path / "t.txt").write_text("--- 1\n0 7 %%\n--- 2\nBao was here.\n--- 3\n你好。\n", encoding="utf-8")
+    world.report_recognised(tmp_path / "t.txt", 10)
+    said = capsys.readouterr().out
+    assert "other: 0 of 0 sentences (0%) of 1 tales" in said and "en: 0 of 1 sentences" in said
+    (tmp_path / "t.txt").write_text("--- 1\nBao was here.\n", encoding="utf-8")
+    world.report_recognised(tmp_path / "t.txt", 10)
+    assert "other" not in capsys.readouterr().out
