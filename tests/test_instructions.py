@@ -32,7 +32,7 @@ def written(tmp_path_factory):
 
 def test_what_is_said_is_there_as_text(written):
     said = written["said_train.txt"].removesuffix("\n").split("\n<|endoftext|>\n")
-    assert said == ["\n".join(m["content"] for m in to_messages(r)) for r in written["sft_train.jsonl"]]
+    assert said == [m["content"] for r in written["sft_train.jsonl"] for m in to_messages(r)]
 
 
 def test_every_file_is_there(written):
