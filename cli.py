@@ -7,7 +7,6 @@ a notebook builds (`PretrainConfig(n_layers=2)`) and what a checkpoint's `config
 import argparse
 import difflib
 import errno
-import importlib
 import importlib.util
 import json
 import os

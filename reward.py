@@ -288,11 +288,13 @@ def add_ratings(found, path, samples, tokenizer, max_tokens, say):
     """Put what people said of the samples to the prompts: marks as scores, all else as rankings."""
     if not samples:
         raise UserError("--ratings needs --normalize_on: the samples.jsonl that was rated")
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file")
     judged = ratings.read_ratings(path, samples)
     records = [*ratings.records_of(judged, samples, "scores"),
                *ratings.records_of([r for r in judged if r["kind"] != "rubric"], samples, "rankings")]
     if not records:
-        raise UserError(f"{path}: no ratings in it, or no such file")
+        raise UserError(f"{path}: no ratings in it")
     for record in records:
         add_record(found, record, tokenizer, max_tokens, 1)
     say(f"{path}: {len(judged):,} ratings by {len({r['annotator'] for r in judged})} people")
@@ -320,7 +322,7 @@ def open_data(config, model_config, tokenizer, ranks):
             raise UserError(f"{config.data or config.ratings}: no {what} to learn from; give --{name} 0 --{other} 1")
     if not config.pair_coef and not config.score_coef:
         raise UserError("pair_coef 0 and score_coef 0 leave nothing to learn; raise one of them")
-    if not any(prompt.pairs() for prompt in val) and sum(len(prompt.scores) for prompt in val) < 3:
+    if not (config.pair_coef and any(prompt.pairs() for prompt in val)) and sum(len(prompt.scores) for prompt in val) < 3:
         raise UserError(f"the {len(val)} validation prompts hold nothing to judge by; give --val_data or more --val_share")
     scores = [score for prompt in train for _, score in prompt.scores]
     scale = (float(np.mean(scores)), float(np.std(scores)) or 1.0) if scores else (0.0, 1.0)

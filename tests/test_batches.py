@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import batches
-from batches import (Shards, bits_from_sums, bits_per_byte, check_tokenizer, data_step, document_sums, perplexity_from_sums,
-                     first_fit, n_rows, packed_rows, rows_of_step, scoring_windows, share)
+from batches import (Shards, bits_from_sums, bits_per_byte, check_tokenizer, data_step, document_sums,
+                     first_fit, n_rows, packed_rows, perplexity_from_sums, rows_of_step, scoring_windows, share)
 from cli import UserError
 from model import LanguageModel, ModelConfig
 from tokenizer import Tokenizer

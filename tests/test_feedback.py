@@ -187,8 +187,8 @@ def test_judging_in_the_terminal_outlives_kills(world, tmp_path, kills):
             process.stdin.write("1\n" * 400)
             process.stdin.flush()
             if attempt < kills:
-                before = path.stat().st_size if path.exists() else 0
-                while process.poll() is None and (not path.exists() or path.stat().st_size < before + rng.randrange(200, 4000)):
+                enough = (path.stat().st_size if path.exists() else 0) + rng.randrange(200, 4000)
+                while process.poll() is None and (not path.exists() or path.stat().st_size < enough):
                     pass
                 process.kill()
             process.stdin.close()

@@ -415,8 +415,11 @@ def test_a_bad_record_is_one_line_with_its_place(ready, tmp_path, record, wrong)
 
 def test_nothing_to_judge_by_is_said_before_training(ready, tmp_path):
     val = write(tmp_path / "val.jsonl", [{"prompt": "x", "outputs": [{"response": w, "rank": 1} for w in "ab"]}])
-    with pytest.raises(UserError, match="the 1 validation prompts hold nothing to judge by"):
-        train(config_of(ready, tmp_path / "run", val_data=val), Ranks())
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "x", "chosen": "a", "rejected": "b"}])
+    marks = write(tmp_path / "marks.jsonl", [{"text": f"so {i}", "score": i} for i in range(9)])
+    for changes in dict(val_data=val), dict(data=marks, val_data=pairs, pair_coef=0.0, score_coef=1.0):
+        with pytest.raises(UserError, match="the 1 validation prompts hold nothing to judge by"):
+            train(config_of(ready, tmp_path / "run", **changes), Ranks())
     assert not (tmp_path / "run").exists()
 
 
