@@ -17,7 +17,7 @@ import torch
 from batches import draws
 from checkpoint import load_model
 from cli import UserError, option, parse_config, run
-from model import KVCache, LanguageModel, token_logprobs
+from model import KVCache, LanguageModel, logprobs_after
 from training import pick_device
 
 DROP_SHARE = 0.25                   # ended rows are computed along until they are this share of the batch
@@ -268,9 +268,10 @@ def reply_logprobs(model, prompts, replies, temperature=1.0):
     rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies)]
     T, device = max(map(len, rows)), next(model.parameters()).device
     ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
-    logprobs = token_logprobs(model(ids), ids, temperature)
-    return [logprobs[i, len(prompt) - 1:len(row) - 1].sum().item()
-            for i, (prompt, row) in enumerate(zip(prompts, rows))]
+    row, place = torch.tensor([(i, t) for i, prompt in enumerate(prompts)
+                               for t in range(len(prompt) - 1, len(rows[i]) - 1)], device=device).T
+    _, logprobs = logprobs_after(model, ids, row, place, temperature)
+    return [part.sum().item() for part in logprobs.split([len(reply) for reply in replies])]
 
 
 # ---- command line

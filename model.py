@@ -380,6 +380,17 @@ def token_logprobs(logits, ids, temperature=1.0):
     return logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
+def logprobs_after(model, ids, row, place, temperature=1.0):
+    """(logits / temperature (N, V), log-probs (N,)), fp32, of the tokens after ids[row, place], (N,) each.
+
+    The head, the dearest part of a small model, reads only these N positions of ids (B, T).
+    """
+    logits = model.head(model.model(ids)[row, place]).float()
+    if temperature != 1:
+        logits = logits / temperature
+    return logits, -F.cross_entropy(logits, ids[row, place + 1], reduction="none")
+
+
 def count_params(config):
     """Count a LanguageModel's parameters: {"all", "embedding", "matrices"}; the head counts as a matrix."""
     D, F_, H, G, K, V, L = (config.d_model, config.d_ff, config.n_heads, config.n_kv_heads, config.head_dim,

@@ -7,7 +7,7 @@ model, the value model from the reward model.
     python ppo.py --init_from out/sft --reward_model out/reward --data FILE --reward_fn mine.py:score
 
 Shapes:  B replies   T prompt and reply   R reply, at most   V vocab_size
-Masks are (B, R), 1 = a token of the reply.
+Masks are (B, R), 1 = a token of the reply; N tokens are in one.
 A score is one number a reply, a reward one a token: -kl_coef * KL everywhere, the score on the last token.
 """
 
@@ -25,7 +25,7 @@ from batches import (Shards, check_tokenizer, draws, n_rows, packed_rows, rows_o
                      share)
 from cli import UserError, option, parse_config, python_function, run
 from generate import generate
-from model import (LanguageModel, ModelConfig, ScalarModel, count_params, token_logprobs,
+from model import (LanguageModel, ModelConfig, ScalarModel, count_params, logprobs_after,
                    training_memory)
 from optim import make_optimizer, set_lr
 from records import read_prompts
@@ -180,33 +180,28 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy, self.value_model = policy, value_model
 
-    def forward(self, ids, starts, R, temperature, ptx=None):
-        """(logits / temperature (B, R, V), logprobs, values (B, R), (sum, count) of the ptx loss or None).
+    def forward(self, ids, starts, mask, temperature, ptx=None):
+        """(logits / temperature (N, V), logprobs, values (B, R), (sum, count) of the ptx loss or None).
 
-        ids (B, T) prompt, reply, filled up on the right; starts (B,) where the reply begins. The value of a
-        token is what the prompt and the reply before it promise.
+        ids (B, T) prompt, reply, filled up on the right; starts (B,) where the reply begins; N tokens in the
+        mask. The value of a token is what the prompt and the reply before it promise.
         """
-        logits, logprobs = reply_logits(self.policy, ids, starts, R, temperature)
-        values = gather(self.value_model(ids), starts, R)[:, :-1]
+        logits, logprobs = reply_logits(self.policy, ids, starts, mask, temperature)
+        row, t = mask.nonzero(as_tuple=True)
+        values = in_place(self.value_model(ids)[row, starts[row] - 1 + t], mask)
         return logits, logprobs, values, self.policy(*ptx) if ptx is not None else None
 
 
-def reply_logits(model, ids, starts, R, temperature):
-    """(logits / temperature (B, R, V), log-probs (B, R)) of the R tokens from `starts` (B,) on.
-
-    The head reads only these.
-    """
-    stream = gather(model.model(ids), starts, R)                                # (B, R + 1, D)
-    logits = model.head(stream).float()
-    if temperature != 1:
-        logits = logits / temperature
-    return logits[:, :-1], token_logprobs(logits, gather(ids, starts, R))
+def reply_logits(model, ids, starts, mask, temperature):
+    """(logits / temperature (N, V), log-probs (B, R), 0 outside the mask) of replies that begin at `starts`."""
+    row, t = mask.nonzero(as_tuple=True)
+    logits, logprobs = logprobs_after(model, ids, row, starts[row] - 1 + t, temperature)
+    return logits, in_place(logprobs, mask)
 
 
-def gather(x, starts, R):
-    """x (B, T, ...) at the R + 1 positions from starts - 1 on: (B, R + 1, ...)."""
-    at = (starts[:, None] - 1 + torch.arange(R + 1, device=x.device)).clamp(max=x.shape[1] - 1)
-    return x[torch.arange(len(x), device=x.device)[:, None], at]
+def in_place(x, mask):
+    """x (N,), one number for each token in the mask: (B, R), 0 outside it."""
+    return torch.zeros_like(mask).masked_scatter(mask.bool(), x)
 
 
 # ---- the algorithm
@@ -360,19 +355,19 @@ def think(forward, reference, batch, minibatches, micro_batch_size, config, rank
     In the micro-batches of the first pass, so that its first ratio is exactly 1: another shape would round
     otherwise.
     """
-    R = batch["mask"].shape[1]
     names = "old_logprobs", "old_values", "ref_logprobs", "entropies"
     found = {name: torch.zeros_like(batch["mask"]) for name in names}
     forward.train()
     reference.eval()
     for rows in minibatches:
         for part in share(rows, ranks.rank, ranks.world_size).split(micro_batch_size):
-            ids, starts = batch["ids"][part], batch["starts"][part]
+            ids, starts, mask = (batch[name][part] for name in ("ids", "starts", "mask"))
             with autocast(ranks):
-                logits, logprobs, values, _ = forward(ids, starts, R, config.temperature)
-                _, theirs = reply_logits(reference, ids, starts, R, config.temperature)
+                logits, logprobs, values, _ = forward(ids, starts, mask, config.temperature)
+                _, theirs = reply_logits(reference, ids, starts, mask, config.temperature)
             logp = logits.log_softmax(-1)
-            for name, x in zip(names, (logprobs, values, theirs, -(logp.exp() * logp).sum(-1))):
+            entropies = in_place(-(logp.exp() * logp).sum(-1), mask)
+            for name, x in zip(names, (logprobs, values, theirs, entropies)):
                 found[name][part] = x
     return {name: ranks.sum(x) * batch["mask"] for name, x in found.items()}
 
@@ -380,7 +375,6 @@ def think(forward, reference, batch, minibatches, micro_batch_size, config, rank
 def learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, update, ranks, ptx, watch):
     """The passes of an update; returns what they were like."""
     sums, first, steps, norm = torch.zeros(5, device=ranks.device), math.nan, 0, 0.0
-    R = batch["mask"].shape[1]
     names = "ids", "starts", "mask", "old_logprobs", "old_values", "advantages", "returns"
     for epoch, minibatches in enumerate(plan):
         for number, rows in enumerate(minibatches):
@@ -390,7 +384,7 @@ def learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, upd
             parts += pretraining_rows(ptx, config, step, len(rows), ranks) if ptx else []
             stats = torch.zeros(5, device=ranks.device)     # policy, value, clipped, k3, largest ratio
             optimizer.zero_grad()
-            accumulate(forward, loss_function(config, R, n_tokens, stats), parts, micro_batch_size, n_tokens,
+            accumulate(forward, loss_function(config, n_tokens, stats), parts, micro_batch_size, n_tokens,
                        ranks, scaler, config.seed, step)
             largest = stats[4].clone()
             if ranks.world_size > 1:
@@ -415,15 +409,15 @@ def learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, upd
                     "optimizer_steps": steps}
 
 
-def loss_function(config, R, n_tokens, stats):
+def loss_function(config, n_tokens, stats):
     """loss_of(model, *rows) -> (sum over the tokens, their count); adds what there is to tell to `stats`."""
     def loss_of(model, ids, starts, mask, old_logprobs, old_values, advantages, returns, *ptx):
-        logits, logprobs, values, mixed = model(ids, starts, R, config.temperature, ptx or None)
+        logits, logprobs, values, mixed = model(ids, starts, mask, config.temperature, ptx or None)
         policy, count, clipped = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
         value, _ = value_loss(values, old_values, returns, mask, config.cliprange_value)
         total = policy + config.vf_coef * value
         if config.entropy_coef:                             # dear: one more softmax over the vocabulary
-            total = total - config.entropy_coef * entropy(logits, mask)[0]
+            total = total - config.entropy_coef * entropy(logits, mask[mask.bool()])[0]
         if mixed is not None:                               # a mean over its own tokens: all rows are full
             n_mixed = config.batch_size // config.num_mini_batches * ptx[0].shape[1]
             total = total + config.ptx_coef * mixed[0] * (n_tokens / n_mixed)

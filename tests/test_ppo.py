@@ -180,7 +180,7 @@ def test_rows_are_the_same_alone_and_in_any_batch():
     both = ppo.ActorCritic(policy, value_model)
     replies = [[1, 0], [2, 3, 4, 1, 2], [0], [4, 4, 0]]
     batch = ppo.fill(toy.PROMPTS, replies, toy.EOS, "cpu")
-    _, logprobs, values, _ = both(batch["ids"], batch["starts"], 5, 1.0)
+    _, logprobs, values, _ = both(batch["ids"], batch["starts"], batch["mask"], 1.0)
     for b, (prompt, reply) in enumerate(zip(toy.PROMPTS, replies)):
         ids, n = torch.tensor([prompt + reply]), len(reply)
         wanted = token_logprobs(policy(ids), ids)[0, len(prompt) - 1:]
@@ -234,11 +234,12 @@ def test_sampled_frequencies_are_the_scored_ones():
     policy, n = toy.networks(0)[0], 20_000
     replies = generate(policy, [[2, 3]] * n, 2, temperature=0.7, stop_ids=(toy.EOS,), seeds=range(n))
     ids = [[2, 3, a, b] for a in range(1, 5) for b in range(5)] + [[2, 3, 0, 0]]
-    logits, logprobs = ppo.reply_logits(policy, torch.tensor(ids), torch.tensor([2] * len(ids)), 2, 0.7)
-    counts = {tuple(x[2:]): 0 for x in ids}
+    ids = torch.tensor(ids)
+    _, logprobs = ppo.reply_logits(policy, ids, torch.tensor([2] * len(ids)), response_mask(ids[:, 2:], 0), 0.7)
+    counts = {tuple(x[2:]): 0 for x in ids.tolist()}
     for reply in replies:
         counts[tuple((reply + [0])[:2])] += 1
-    expected = {tuple(x[2:]): (lp.sum() if x[2] else lp[0]).exp().item() * n for x, lp in zip(ids, logprobs)}
+    expected = {tuple(x[2:]): lp.sum().exp().item() * n for x, lp in zip(ids.tolist(), logprobs)}
     chi = sum((counts[key] - expected[key]) ** 2 / expected[key] for key in counts)
     assert sum(expected.values()) == pytest.approx(n, rel=1e-5)
     assert chi < 48                                                 # 20 degrees of freedom: p = 0.0004
@@ -256,14 +257,15 @@ def test_ppo_reaches_the_optimum_on_more_seeds(seed):
     assert toy.share_of_the_way(seed) > 0.98
 
 
-def off_by_one(model, ids, starts, R, temperature):
-    logits, _ = REPLY_LOGITS(model, ids, starts, R + 1, temperature)
-    chosen = ppo.gather(ids, starts, R + 1)[:, 1:-1]
-    return logits[:, 1:], logits[:, 1:].log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
+def off_by_one(model, ids, starts, mask, temperature):
+    """What each token says of itself, not what the one before it says of it."""
+    row, t = mask.nonzero(as_tuple=True)
+    logits, chosen = model(ids)[row, starts[row] + t], ids[row, starts[row] + t]
+    return logits, ppo.in_place(logits.log_softmax(-1)[torch.arange(len(chosen)), chosen], mask)
 
 
-REPLY_LOGITS, POLICY_LOSS, KL, TOKEN_REWARDS, MASK_OF = (ppo.reply_logits, ppo.policy_loss, ppo.kl_estimate,
-                                                         ppo.token_rewards, ppo.response_mask)
+POLICY_LOSS, KL, TOKEN_REWARDS, MASK_OF = (ppo.policy_loss, ppo.kl_estimate, ppo.token_rewards,
+                                           ppo.response_mask)
 FAULTS = {
     "wrong sign": ("policy_loss", lambda lp, old, a, *rest: POLICY_LOSS(lp, old, -a, *rest)),
     "no KL": ("token_rewards", lambda scores, kl, mask, kl_coef: TOKEN_REWARDS(scores, kl, mask, 0.0)),
@@ -317,8 +319,8 @@ def test_the_doctor_sees_dropout(monkeypatch):
     dropped = torch.nn.Dropout(0.2)
     forward = ppo.ActorCritic.forward
 
-    def noisy(self, ids, starts, R, temperature, ptx=None):
-        logits, logprobs, values, mixed = forward(self, ids, starts, R, temperature, ptx)
+    def noisy(self, ids, starts, mask, temperature, ptx=None):
+        logits, logprobs, values, mixed = forward(self, ids, starts, mask, temperature, ptx)
         return logits, dropped(logprobs), values, mixed
     monkeypatch.setattr(ppo.ActorCritic, "forward", noisy)
     assert "first_ratio" in complaints(once(1)[2])
