@@ -323,7 +323,7 @@ def bits_per_byte(model, shards, tokenizer, max_seq_len, batch_rows=8, max_docum
 
 
 def bits_from_sums(sums):
-    """{language: (nats, bytes, tokens)}, summed over ranks -> {"all": bits per byte, language: bits per byte}."""
+    """{"all" or language: bits per byte} from {language: (nats, bytes, tokens)}, summed over ranks."""
     return {name: float(nats / n_bytes / np.log(2)) for name, (nats, n_bytes, _) in with_all(sums) if n_bytes}
 
 
@@ -357,7 +357,8 @@ def document_sums(model, shards, tokenizer, max_seq_len, batch_rows=8, max_docum
             nats = target_nats(model, ids, targets, doc_ids)
             for i, language in enumerate(sums):
                 here = scored == i
-                sums[language] += nats[here].sum().item(), n_bytes[targets[here]].sum().item(), here.sum().item()
+                sums[language] += (nats[here].sum().item(), n_bytes[targets[here]].sum().item(),
+                                   here.sum().item())
     finally:
         model.train(was_training)
     return sums

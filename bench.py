@@ -19,7 +19,8 @@ from cli import UserError, need, option, parse_config, run, write_text
 from generate import generate
 from model import LanguageModel, ModelConfig, count_params, flops_per_token
 from optim import make_optimizer
-from training import accumulate, at_least, autocast, clip_and_step, loss_scaler, matmul_peak, start_ranks, wrap
+from training import (accumulate, at_least, autocast, clip_and_step, loss_scaler, matmul_peak, start_ranks,
+                      wrap)
 
 PRESETS = {     # the shapes that LOG.md has numbers for
     "6x384": dict(d_model=384, n_layers=6, n_heads=6, n_kv_heads=6, d_ff=1024, vocab_size=4096,
@@ -48,7 +49,8 @@ class BenchConfig(ModelConfig):
     scaling: bool = option(False, "also halve, double and quadruple rows' length, batch and width")
     profile: bool = option(False, "show where a training step and a sampled token go")
     out: str = option("", "also write the measurements to this JSON file")
-    dtype: str = option("auto", "of the forward pass: fp32, bf16, fp16; auto = bf16 where the hardware has it")
+    dtype: str = option("auto", "of the forward pass: fp32, bf16, fp16; auto = bf16 where the hardware "
+                                "has it")
     compile: bool = option(True, "also measure the compiled forward")
     device: str = option("auto", "cpu, cuda, mps; auto = the best there is")
     threads: int = option(0, "CPU threads a rank; 0 = torch's choice")
@@ -60,9 +62,10 @@ def main(config):
     batches = sizes(config.sample_batches)
     with start_ranks(config) as ranks:
         if config.batch_size % ranks.world_size:
-            raise UserError(f"batch_size {config.batch_size} is not a multiple of the {ranks.world_size} ranks")
-        ranks.say(f"{ranks.world_size} x {ranks.device.type}, {torch.get_num_threads()} threads, {ranks.dtype}, "
-                  f"{count_params(config)['all']:,} parameters, torch {torch.__version__}")
+            raise UserError(f"batch_size {config.batch_size} is not a multiple of "
+                            f"the {ranks.world_size} ranks")
+        ranks.say(f"{ranks.world_size} x {ranks.device.type}, {torch.get_num_threads()} threads, "
+                  f"{ranks.dtype}, {count_params(config)['all']:,} parameters, torch {torch.__version__}")
         found = measure_training(config, ranks) if config.train else []
         for label, variant in variants(config) if config.train and config.scaling else ():
             found += measure_training(replace(variant, compare=False), ranks, f"{label}: ")
@@ -174,8 +177,8 @@ def measure_sampling(config, ranks, batch):
     """New tokens/s of `generate` in each way, and the share of what reading the weights alone would allow."""
     torch.manual_seed(0)
     if config.max_seq_len < PROMPT_TOKENS + config.new_tokens:
-        raise UserError(f"new_tokens {config.new_tokens} and {PROMPT_TOKENS} of prompt do not fit into max_seq_len "
-                        f"{config.max_seq_len}; lower the first")
+        raise UserError(f"new_tokens {config.new_tokens} and {PROMPT_TOKENS} of prompt do not fit into "
+                        f"max_seq_len {config.max_seq_len}; lower the first")
     prompts = torch.randint(config.vocab_size, (batch, PROMPT_TOKENS), device=ranks.device)
     ours = LanguageModel(model_config(config)).to(ranks.device)
     ways = {f"sample {batch}": sampler(ours, prompts, config, ranks)}
@@ -276,15 +279,16 @@ def report(ranks, way, tokens, seconds, memory, **more):
 
 def table(found):
     """The measurements under each other; speed beside that of Hugging Face's fastest way of the same kind."""
-    lines = [f"{'':32} {'tokens/s':>10} {'low-high':>17} {'MFU':>6} {'of bandwidth':>13} {'MiB':>6}  times Llama"]
+    lines = [f"{'':32} {'tokens/s':>10} {'low-high':>17} {'MFU':>6} {'of bandwidth':>13} {'MiB':>6}"
+             "  times Llama"]
     for row in found:
         kind = row["way"].split(",")[0]
         peers = [r["tokens_per_second"] for r in found if r["way"].startswith(f"{kind}, Llama")]
         spread = f"{row['low']:.0f}-{row['high']:.0f}"
         ratio = f"{row['tokens_per_second'] / max(peers):.2f}" if peers else ""
         share = [f"{row[name]:.2f}" if name in row else "" for name in ("mfu", "of_bandwidth")]
-        lines.append(f"{row['way']:32} {row['tokens_per_second']:10.0f} {spread:>17} {share[0]:>6} {share[1]:>13} "
-                     f"{row['peak_mib'] or '':>6}  {ratio:>11}")
+        lines.append(f"{row['way']:32} {row['tokens_per_second']:10.0f} {spread:>17} {share[0]:>6} "
+                     f"{share[1]:>13} {row['peak_mib'] or '':>6}  {ratio:>11}")
     return "\n".join(lines)
 
 
@@ -299,7 +303,8 @@ def profile(config, ranks):
         with torch.profiler.profile() as found:
             work()
         key = f"self_{'cuda' if ranks.device.type == 'cuda' else 'cpu'}_time_total"
-        ranks.say(f"{name}:\n{found.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=40)}")
+        ranks.say(f"{name}:\n"
+                  f"{found.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=40)}")
 
 
 if __name__ == "__main__":

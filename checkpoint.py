@@ -33,7 +33,7 @@ def begin(config, model, optimizer, scaler, tokenizer, ranks):
 
     Returns the run's state: {"step", "tokens", and what the stage put there}.
     """
-    git_commit()                                # of the source as it is now: files may be edited during the run
+    git_commit()                            # of the source as it is now: files may be edited during the run
     out_dir = Path(config.out_dir)
     if not config.resume and any(out_dir.glob("checkpoints/[0-9]*")):
         raise UserError(f"--out_dir {out_dir} holds a run already; go on with --resume or choose another "

@@ -48,8 +48,8 @@ class EvaluateConfig:
     prompts: str = option("", "instead of tasks: prompts {id, messages} that the models answer at "
                               "temperature 1; the first one is what the others are held against")
     reward_model: str = option("", "run of reward.py that scores those replies")
-    judge: str = option("", "in the place of gold, for prompts of your own: FILE.py:NAME of NAME(prompts, replies) -> list "
-                            "of numbers, lists of texts; not what they were trained on")
+    judge: str = option("", "in the place of gold, for prompts of your own: FILE.py:NAME of NAME(prompts, "
+                            "replies) -> list of numbers, lists of texts; not what they were trained on")
     best_of: int = option(0, "replies of the first model a prompt, for best-of-n; 0 = none")
     show: int = option(0, "transcripts to print, of each task and language or of the prompts")
     out: str = option("", "also write everything, replies included, to this JSON file")
@@ -234,7 +234,8 @@ def compare(config):
     model's over these prompts, from its mean.
     """
     if bool(config.requests) == bool(config.judge) or not config.reward_model:
-        raise UserError("--prompts needs --reward_model, and --requests (story world) or --judge FILE.py:NAME")
+        raise UserError("--prompts needs --reward_model, and --requests (story world) or "
+                        "--judge FILE.py:NAME")
     device = pick_device(config.device)
     judge_model, tokenizer, _ = checkpoint.load_model(config.reward_model, device)
     if not isinstance(judge_model, ScalarModel):
@@ -260,7 +261,8 @@ def compare(config):
     for i, example in enumerate(examples[:config.show]):
         print(f"--- {example['messages'][-1]['content']}")
         print(*(f"{row['model']}: {texts[i]}" for row, texts in zip(rows, said)), sep="\n")
-    curve, best = best_of(config, reference, asked, truth, judge_model, tokenizer, base) if config.best_of else ([], [])
+    curve, best = (best_of(config, reference, asked, truth, judge_model, tokenizer, base) if config.best_of
+                   else ([], []))
     if curve:
         print_table(curve)
     if config.out:
@@ -281,8 +283,9 @@ def true_marks(config, examples):
     def marks(texts):
         found = [float(x) for x in function(asked, texts)]
         if len(found) != len(texts) or not all(map(math.isfinite, found)):
-            raise UserError(f"--judge {config.judge} must give one finite number a reply; it gave {len(found)} for "
-                            f"{len(texts)}, {sum(map(math.isfinite, found))} of them finite")
+            raise UserError(f"--judge {config.judge} must give one finite number a reply; "
+                            f"it gave {len(found)} for {len(texts)}, "
+                            f"{sum(map(math.isfinite, found))} of them finite")
         return found
     return marks
 
@@ -313,7 +316,8 @@ def judged(replies, prompts, truth, judge_model, tokenizer):
     eos = tokenizer.im_end_id
     words = [tokenizer.decode([id for id in ids if id < tokenizer.eot_id]) for ids in replies]
     return {"text": words, "score": score_replies(judge_model, prompts, replies, eos).tolist(),
-            "gold": truth(words), "length": [len(ids) for ids in replies], "ended": [ids[-1] == eos for ids in replies]}
+            "gold": truth(words), "length": [len(ids) for ids in replies],
+            "ended": [ids[-1] == eos for ids in replies]}
 
 
 def divergence(model, reference, prompts, replies):
@@ -342,7 +346,8 @@ def against(found, base, ceiling=5):
     return {"n": len(gold_), "score": float(np.mean(found["score"])), "gold": float(gold_.mean()),
             "gold_units": float((gold_.mean() - base_gold.mean()) / unit),
             "gold_same_length": float(fit[2] / unit) if found is not base else 0.0,
-            **({"to_ceiling": float((gold_.mean() - base_gold.mean()) / (ceiling - base_gold.mean()))} if ceiling else {}),
+            **({"to_ceiling": float((gold_.mean() - base_gold.mean()) / (ceiling - base_gold.mean()))}
+               if ceiling else {}),
             "win_rate": float(wins.mean()), "kl": float(np.mean(found["kl"])),
             "kl_error": float(np.std(found["kl"]) / len(gold_) ** 0.5),
             "length": float(np.mean(found["length"])), "ended": float(np.mean(found["ended"]))}
@@ -353,7 +358,8 @@ def best_of(config, model, asked, truth, judge_model, tokenizer, base):
 
     Also the reply with the best score to each prompt.
     """
-    draws = [judged(sampled(model, asked, config, tokenizer.im_end_id, draw + 1), asked, truth, judge_model, tokenizer)
+    draws = [judged(sampled(model, asked, config, tokenizer.im_end_id, draw + 1), asked, truth, judge_model,
+                    tokenizer)
              for draw in progress_bar(iterable=range(config.best_of), desc="best of n")]
     scores, marks = (np.array([d[key] for d in draws]).T for key in ("score", "gold"))         # (prompts, N)
     unit, rows, n = np.std(base["gold"]) or 1.0, [], 1
@@ -403,7 +409,8 @@ def print_results(name, found, n_shown):
     """A model's numbers as a table, then some transcripts."""
     print(f"\n== {name}")
     for language, bits in found["text"].get("bits_per_byte", {}).items():
-        print(f"text, {language}: {bits:.4f} bits/byte, perplexity {found['text']['perplexity'][language]:.2f} a token")
+        print(f"text, {language}: {bits:.4f} bits/byte, "
+              f"perplexity {found['text']['perplexity'][language]:.2f} a token")
     if found["tasks"]:
         print_table(found["tasks"])
     seen = {}

@@ -113,7 +113,8 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
     check_prompts(prompts, model.config)
-    rows = [Row(prompt, min(max_new_tokens, model.config.max_seq_len - len(prompt)), seed, sampling, frozenset(stop_ids))
+    rows = [Row(prompt, min(max_new_tokens, model.config.max_seq_len - len(prompt)), seed, sampling,
+                frozenset(stop_ids))
             for prompt, seed in zip(prompts, seeds)]
     return steps(Engine(model, rows), rows) if rows else iter(())
 
@@ -158,7 +159,7 @@ class Row:
     stop_ids: frozenset = frozenset()
     top_logprobs: int = -1          # likeliest ids to note with each token; 0 = the token's own, -1 = nothing
     ids: list = field(default_factory=list)             # the response so far
-    logprobs: list = field(default_factory=list)        # of each id (logprob, [(id, logprob) of the likeliest]), nats
+    logprobs: list = field(default_factory=list)        # of each id (logprob, [(likely id, logprob)]), nats
     ended: bool = False             # set it from outside, and the row gets no more tokens
 
     def __post_init__(self):
@@ -166,7 +167,7 @@ class Row:
 
 
 class Engine:
-    """Rows that are sampled together: each joins at any step and leaves when it has ended (Yu et al. 2022, Orca).
+    """Rows sampled together: each joins at any step and leaves when it has ended (Yu et al. 2022, Orca).
 
     A row's text depends on its prompt, its seed and its settings, not on its company.
     """
@@ -179,16 +180,16 @@ class Engine:
         """Let a row join at the next step."""
         self.joining.append(row)
 
-    @torch.no_grad()            # not inference_mode: its tensors, kept by autocast, could not be trained on next
+    @torch.no_grad()        # not inference_mode: its tensors, kept by autocast, could not be trained on next
     def step(self):
         """Give each row that has not ended its next token; returns those rows, [] when none is left."""
         self.drop()
         weight, logits = self.model.model.embed_tokens.weight, []
         if self.rows:
-            ids = torch.tensor([row.ids[-1:] for row in self.rows], device=weight.device)               # (B, 1)
+            ids = torch.tensor([row.ids[-1:] for row in self.rows], device=weight.device)       # (B, 1)
             logits.append(next_logits(self.model, ids, torch.ones_like(ids[:, 0]), self.cache))
         if self.joining:
-            ids, n_real = pad([row.prompt for row in self.joining], weight.device)                      # (B, T), (B,)
+            ids, n_real = pad([row.prompt for row in self.joining], weight.device)              # (B, T), (B,)
             size = max(len(row.prompt) + row.room for row in self.joining)
             cache = KVCache(self.model.config, len(ids), size, weight.device, weight.dtype)
             logits.append(next_logits(self.model, ids, n_real, cache))
@@ -204,7 +205,7 @@ class Engine:
         return [self.rows[i] for i in live]
 
     def drop(self):
-        """Take ended rows out of the batch once they are DROP_SHARE of it, or the cache is full to their end."""
+        """Take ended rows out once they are DROP_SHARE of the batch, or the cache is full to their end."""
         self.joining = [row for row in self.joining if not row.ended]
         kept = [i for i, row in enumerate(self.rows) if not row.ended]
         full = self.cache is not None and self.cache.longest == self.cache.keys.shape[2]
@@ -216,7 +217,7 @@ class Engine:
 
 
 def choose(logits, rows):
-    """Draw the next id of each row from logits (B, V), each with its own settings, and note which rows end."""
+    """Draw each row's next id from logits (B, V), by its own settings, and note which rows end."""
     for sampling in {row.sampling for row in rows}:
         chosen = [i for i, row in enumerate(rows) if row.sampling == sampling]
         mine = [rows[i] for i in chosen]
@@ -229,14 +230,16 @@ def choose(logits, rows):
             part = repetition_penalty(part, seen, sampling.repetition_penalty)
         part = filter_logits(part, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         uniform = torch.stack([row.uniforms[len(row.ids)] for row in mine])
-        new = draw(part, uniform.to("cpu" if part.device.type == "mps" else part.device)).tolist()  # MPS: no float64
+        # MPS has no float64
+        new = draw(part, uniform.to("cpu" if part.device.type == "mps" else part.device)).tolist()
         if logits.shape[-1] in new:
             raise UserError("the model's logits are not finite: no token to draw; take an earlier checkpoint")
         for i, (row, id) in enumerate(zip(mine, new)):
             if row.top_logprobs >= 0:
                 logprobs = raw[i].log_softmax(-1)
                 best = logprobs.topk(row.top_logprobs)
-                row.logprobs.append((logprobs[id].item(), list(zip(best.indices.tolist(), best.values.tolist()))))
+                row.logprobs.append((logprobs[id].item(),
+                                     list(zip(best.indices.tolist(), best.values.tolist()))))
             row.ids.append(id)
             row.ended = id in row.stop_ids or len(row.ids) == row.room
 
@@ -359,7 +362,8 @@ def talk(config, model, tokenizer, ask=input):
                 print(error)
                 continue
             seed = draws(config.seed, "chat", turn, 1).tolist()
-            steps = stream(model, [prompt], config.max_new_tokens, stop_ids=stop_ids, seeds=seed, **config.options())
+            steps = stream(model, [prompt], config.max_new_tokens, stop_ids=stop_ids, seeds=seed,
+                           **config.options())
             reply = print_stream("", steps, tokenizer, stop_ids)
             messages, turn = [*messages, {"role": "assistant", "content": reply}], turn + 1
 

@@ -126,7 +126,8 @@ class KVCache:
         """Take in the rows of another cache, behind the own ones."""
         S = max(self.keys.shape[2], other.keys.shape[2])
         for name in ("keys", "values"):
-            parts = [F.pad(x, (0, 0, 0, 0, 0, S - x.shape[2])) for x in (getattr(self, name), getattr(other, name))]
+            parts = [F.pad(x, (0, 0, 0, 0, 0, S - x.shape[2]))
+                     for x in (getattr(self, name), getattr(other, name))]
             setattr(self, name, torch.cat(parts, dim=1))
         self.lengths = torch.cat([self.lengths, other.lengths])
         self.longest = max(self.longest, other.longest)

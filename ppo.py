@@ -35,7 +35,8 @@ from training import (RESUMABLE, MetricLog, NonFinite, Ranks, Stop, TrainingConf
 
 PRESETS = {
     "demo": dict(batch_size=64, max_steps=30, learning_rate=3e-4, save_every=10, response_length=48),
-    "results": dict(batch_size=128, max_steps=24, learning_rate=3e-4, save_every=12, keep_every=2, response_length=48),
+    "results": dict(batch_size=128, max_steps=24, learning_rate=3e-4, save_every=12, keep_every=2,
+                    response_length=48),
     "smoke": dict(batch_size=8, max_steps=3, num_ppo_epochs=2, response_length=8, save_every=2, log_every=1),
 }
 
@@ -193,7 +194,7 @@ class ActorCritic(nn.Module):
 
 
 def reply_logits(model, ids, starts, mask, temperature):
-    """(logits / temperature (N, V), log-probs (B, R), 0 outside the mask) of replies that begin at `starts`."""
+    """(logits / temperature (N, V), log-probs (B, R), 0 outside the mask) of replies begun at `starts`."""
     row, t = mask.nonzero(as_tuple=True)
     logits, logprobs = logprobs_after(model, ids, row, starts[row] - 1 + t, temperature)
     return logits, in_place(logprobs, mask)

@@ -1,6 +1,6 @@
-"""Files of what people think: samples that are judged, ratings, thumbs; each record checked, each written at once.
+"""Files of what people think: samples judged, ratings, thumbs; each record checked, each written at once.
 
-feedback.py asks and collects, serve.py asks in the browser; both write the same files, and reward.py reads them.
+feedback.py asks and collects, serve.py asks in the browser; both write the same files, reward.py reads them.
 """
 
 import json

@@ -29,20 +29,26 @@ STAGES = {      # directory -> (title, paper, what its numbers mean)
 INK, SOFT = "#101112", "#808182"                            # stand for the page's colours in the drawings
 LINES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":")]          # Okabe & Ito 2008
 STYLE = """
-:root { color-scheme: light dark; --paper: #fbfaf7; --ink: #22251f; --soft: #6b7166; --line: #d9d8d0; --box: #fff; }
-@media (prefers-color-scheme: dark) { :root { --paper: #171a17; --ink: #e6e8e2; --soft: #9aa196; --line: #363b35;
-  --box: #1f2320; } }
+:root { color-scheme: light dark; --paper: #fbfaf7; --ink: #22251f; --soft: #6b7166; --line: #d9d8d0;
+  --box: #fff; }
+@media (prefers-color-scheme: dark) { :root { --paper: #171a17; --ink: #e6e8e2; --soft: #9aa196;
+  --line: #363b35; --box: #1f2320; } }
 body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "WenQuanYi Micro Hei", sans-serif; }
+  font: 16px/1.55 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "WenQuanYi Micro Hei",
+  sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; } p { margin: .3rem 0; }
 .soft, figcaption, th { color: var(--soft); font-weight: normal; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: 1rem; }
-figure { margin: 0 0 .8rem; padding: .6rem; max-width: 60rem; background: var(--box); border: 1px solid var(--line); border-radius: .6rem; }
+figure { margin: 0 0 .8rem; padding: .6rem; max-width: 60rem; background: var(--box);
+  border: 1px solid var(--line); border-radius: .6rem; }
 figure svg { width: 100%; height: auto; display: block; } figcaption { font-size: .85rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td:first-child { white-space: nowrap; } .alone { max-width: 34rem; } blockquote { margin: .2rem 0 .6rem; white-space: pre-wrap; }
-dt { color: var(--soft); font-size: .85rem; } dd { margin: 0 0 .5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+td:first-child { white-space: nowrap; } .alone { max-width: 34rem; }
+blockquote { margin: .2rem 0 .6rem; white-space: pre-wrap; }
+dt { color: var(--soft); font-size: .85rem; }
+dd { margin: 0 0 .5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
@@ -63,7 +69,8 @@ def main(config):
         print(*check(config.check, out, config.expected), sep="\n")
         return
     if not any((out / stage / "log.jsonl").exists() for stage in STAGES):
-        raise UserError(f"--out_dir {out}: no log of {', '.join(STAGES)} in it; run make demo, or give its OUT")
+        raise UserError(f"--out_dir {out}: no log of {', '.join(STAGES)} in it; "
+                        "run make demo, or give its OUT")
     need("matplotlib", "matplotlib")
     write_text(out / "report.html", page(out, config.expected))
     print(terminal_table(out, config.expected))
@@ -124,8 +131,8 @@ def check(stage, out, usual):
     for name, value in reached(out, stage).items():
         band = expected.get(name)
         place = "" if not band else (
-            f"  ({'as expected' if band[0] <= value <= band[2] else 'NOT AS EXPECTED'}: {band[0]:g} to {band[2]:g}, "
-            f"mean {band[1]:g})")
+            f"  ({'as expected' if band[0] <= value <= band[2] else 'NOT AS EXPECTED'}: "
+            f"{band[0]:g} to {band[2]:g}, mean {band[1]:g})")
         lines.append(f"{stage}: {name} {value:.3f}{place}")
     return lines or [f"{stage}: nothing is there yet"]
 
@@ -275,18 +282,20 @@ def page(out, usual):
     for stage, figures in panels.items():
         if logs[stage]:
             title, paper, what = STAGES[stage]
-            parts.append(f"<h2>{title}</h2><p class='soft'>{html.escape(f'{paper}: {what}')}</p>{verdict(stage, report)}"
+            parts.append(f"<h2>{title}</h2><p class='soft'>{html.escape(f'{paper}: {what}')}</p>"
+                         f"{verdict(stage, report)}"
                          f"<div class='grid'>{''.join(figure(*f) for f in figures)}</div>")
     rows = [row for row in curve.get("policies", []) or evaluation.get("policies", []) if row["kl"] < 50]
     drawn = figure(against_kl(rows, curve.get("best_of") or evaluation.get("best_of", [])),
-                   "True quality (gold) and the reward model's score against the distance from SFT. Where the score rises and "
-                   "gold falls, the reward model is being fooled.")
+                   "True quality (gold) and the reward model's score against the distance from SFT. "
+                   "Where the score rises and gold falls, the reward model is being fooled.")
     if drawn:
         parts.append(f"<h2>Was it worth it?</h2>{policy_table(evaluation)}<div class='alone'>{drawn}</div>")
     if evaluation.get("transcripts"):
         parts.append(f"<h2>The same requests, answered by each</h2>{transcripts(evaluation['transcripts'])}")
-    return ("<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, "
-            f"initial-scale=1'><title>Sprout report</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts)
+    return ("<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<title>Sprout report</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts)
             + "\n</body></html>\n")
 
 
@@ -304,8 +313,9 @@ def verdict(stage, report):
     baselines = ", ".join(f"{name.replace('_', ' ')} {value:.3f}"
                           for name, value in report.get("baselines", {}).items()
                           if value is not None)
-    return (f"<p>Held-out {gate['metric']} {gate['value']:.3f}, at least {gate['low']:.3f} with 95% confidence: the gate is "
-            f"{'passed' if gate['passed'] else 'not passed'}. Without a model: {html.escape(baselines)}.</p>")
+    return (f"<p>Held-out {gate['metric']} {gate['value']:.3f}, at least {gate['low']:.3f} with 95% "
+            f"confidence: the gate is {'passed' if gate['passed'] else 'not passed'}. "
+            f"Without a model: {html.escape(baselines)}.</p>")
 
 
 def stage_table(out, logs, usual):
@@ -315,7 +325,8 @@ def stage_table(out, logs, usual):
         + "<br>".join(html.escape(line.removeprefix(f"{stage}: "))
                       for line in check(stage, out, usual)) + "</td></tr>"
         for stage, (title, *_) in STAGES.items() if logs[stage])
-    return f"<div class='wide'><table><tr><th>stage</th><th>minutes</th><th>reached</th></tr>{rows}</table></div>"
+    return ("<div class='wide'><table><tr><th>stage</th><th>minutes</th><th>reached</th></tr>"
+            f"{rows}</table></div>")
 
 
 def policy_table(evaluation):

@@ -36,10 +36,10 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
                       matmul_peak, start_ranks, wrap)
 
 PRESETS = {
-    "demo": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10, eval_every=50,
-                 save_every=100),
-    "results": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10, eval_every=50,
-                    save_every=100),
+    "demo": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10,
+                 eval_every=50, save_every=100),
+    "results": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10,
+                    eval_every=50, save_every=100),
     "smoke": dict(batch_size=8, epochs=0, max_steps=6, warmup_steps=2, eval_every=3, save_every=3,
                   log_every=2,
                   bootstrap=50),
@@ -52,8 +52,8 @@ MARGINS = (0.5, 1.0, 2.0)       # borders of the margins by which accuracy is to
 class RewardConfig(TrainingConfig):
     """Training of a reward model on judged replies."""
     data: str = option("", "judged replies: FILE[:WEIGHT],...; pairs, triples, rankings or scores, mixed")
-    ratings: str = option("", "beside --data or in its place: judgements as the Rate page and feedback.py rate "
-                              "write them, of the replies in --normalize_on")
+    ratings: str = option("", "beside --data or in its place: judgements as the Rate page and feedback.py "
+                              "rate write them, of the replies in --normalize_on")
     val_data: str = option("", "judged replies to be held against; none = the prompts of --val_share")
     val_share: float = option(0.1, "of the prompts that are kept from training where there is no --val_data")
     normalize_on: str = option("", "samples.jsonl of the SFT model, on whose replies the scores get mean 0 "
@@ -92,7 +92,8 @@ def main(config):
             score_file(config, ranks)
             return
         if not config.data and not config.ratings:
-            raise UserError("--data is missing; name files of judged replies: FILE[:WEIGHT],..., or --ratings")
+            raise UserError("--data is missing; name files of judged replies: FILE[:WEIGHT],..., "
+                            "or --ratings")
         for n in sizes_of(config.curve):
             out_dir = Path(config.out_dir) / "curve" / str(n)
             train(replace(config, max_comparisons=n, curve="", out_dir=str(out_dir)), ranks)
@@ -281,7 +282,8 @@ def add_record(found, record, tokenizer, max_tokens, copies):
 def with_prompt(messages, replies, tokenizer, max_tokens):
     """Ids of each reply with its prompt before it and its end."""
     asked = tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
-    return [joined(asked, [*tokenizer.encode(text.strip()), tokenizer.im_end_id], max_tokens) for text in replies]
+    return [joined(asked, [*tokenizer.encode(text.strip()), tokenizer.im_end_id], max_tokens)
+            for text in replies]
 
 
 def add_ratings(found, path, samples, tokenizer, max_tokens, say):
@@ -319,18 +321,22 @@ def open_data(config, model_config, tokenizer, ranks):
                           ("score_coef", config.score_coef, sum(len(p.scores) for p in train))):
         if coef and not n and not (config.pair_coef and config.score_coef):
             other, what = (("score_coef", "comparisons") if name == "pair_coef" else ("pair_coef", "scores"))
-            raise UserError(f"{config.data or config.ratings}: no {what} to learn from; give --{name} 0 --{other} 1")
+            raise UserError(f"{config.data or config.ratings}: no {what} to learn from; "
+                            f"give --{name} 0 --{other} 1")
     if not config.pair_coef and not config.score_coef:
         raise UserError("pair_coef 0 and score_coef 0 leave nothing to learn; raise one of them")
-    if not (config.pair_coef and any(prompt.pairs() for prompt in val)) and sum(len(prompt.scores) for prompt in val) < 3:
-        raise UserError(f"the {len(val)} validation prompts hold nothing to judge by; give --val_data or more --val_share")
+    if (not (config.pair_coef and any(prompt.pairs() for prompt in val))
+            and sum(len(prompt.scores) for prompt in val) < 3):
+        raise UserError(f"the {len(val)} validation prompts hold nothing to judge by; "
+                        "give --val_data or more --val_share")
     scores = [score for prompt in train for _, score in prompt.scores]
     scale = (float(np.mean(scores)), float(np.std(scores)) or 1.0) if scores else (0.0, 1.0)
     normal = [ids for prompt in train for ids in prompt.ids]
     if config.normalize_on:
         normal = []
         for sample in samples.values():
-            normal += with_prompt(sample["messages"], [reply["text"] for reply in sample["replies"]], tokenizer, T)
+            normal += with_prompt(sample["messages"], [reply["text"] for reply in sample["replies"]],
+                                  tokenizer, T)
         if len(normal) < 2:
             raise UserError(f"{config.normalize_on}: {len(normal)} replies are too few to normalise on")
     steps = max(1, math.ceil(len(train) / config.batch_size))
@@ -489,8 +495,8 @@ def verdict(found, gate, plain):
         text += f" But {' and '.join(worse)} alone does as well: it has learnt little below the surface."
     if abs(found["length_correlation"]) > 0.5:
         side = "longer" if found["length_correlation"] > 0 else "shorter"
-        text += (f" It likes {side} replies (correlation {found['length_correlation']:.2f}): watch the length "
-                 "in PPO.")
+        text += (f" It likes {side} replies (correlation {found['length_correlation']:.2f}): "
+                 "watch the length in PPO.")
     return text
 
 

@@ -37,8 +37,9 @@ from training import at_least, pick_device
 
 WEB = Path(__file__).parent / "web"
 PATIENCE = 1.0                  # seconds without a token after which a client is looked for
-UNSUPPORTED = {"tools": None, "functions": None, "logit_bias": None, "presence_penalty": 0,    # name -> the
-               "frequency_penalty": 0, "suffix": None, "best_of": 1, "echo": False}    # value that asks for nothing
+UNSUPPORTED = {                 # name -> the value that asks for nothing
+    "tools": None, "functions": None, "logit_bias": None, "presence_penalty": 0, "frequency_penalty": 0,
+    "suffix": None, "best_of": 1, "echo": False}
 HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff",
            "Referrer-Policy": "no-referrer"}
 
@@ -46,8 +47,8 @@ HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Opti
 @dataclass
 class ServeConfig:
     """Serve models over HTTP, with pages to talk, compare and rate."""
-    models: str = option("out/ppo", "OUT directories or checkpoints, comma-separated, each also NAME=DIR; the "
-                                    "first is the default")
+    models: str = option("out/ppo", "OUT directories or checkpoints, comma-separated, each also NAME=DIR; "
+                                    "the first is the default")
     reward_model: str = option("", "a reward model whose score the pages show beside each reply")
     samples: str = option("", "replies to rate, from feedback.py sample")
     ratings: str = option("out/ratings.jsonl", "file that ratings are appended to")
@@ -140,7 +141,7 @@ class Worker(threading.Thread):
         try:
             tell([(job, (job.index, job.ids[-1], job.logprobs[-1] if job.logprobs else None, job.ended))
                   for job in engine.step()])
-        except Exception as error:                          # a model that diverged, memory: the server lives on
+        except Exception as error:                  # a model that diverged, memory: the server lives on
             traceback.print_exc()
             jobs = engine.rows + engine.joining
             self.engines[name] = Engine(engine.model)
@@ -160,7 +161,7 @@ def tell(news):
 # ---- from ids to text
 
 class Choice:
-    """One response as its client sees it: whole characters, nothing of a stop string, a reason for the end."""
+    """One response as its client sees it: whole characters, nothing of a stop string, why it ended."""
 
     def __init__(self, tokenizer, stops):
         self.tokenizer, self.stops, self.decoder = tokenizer, stops, tokenizer.stream_decoder()
@@ -300,8 +301,9 @@ def jobs_for(prompts, body, model, tokenizer, n, top_logprobs):
     sampling, inbox, loop = wanted(body), asyncio.Queue(), asyncio.get_running_loop()
     for prompt in prompts:
         if len(prompt) >= limit:
-            raise Refusal(400, f"this model's context is {limit} tokens; the prompt has {len(prompt)} and leaves "
-                               "no room for a reply; shorten it", "messages", "context_length_exceeded")
+            raise Refusal(400, f"this model's context is {limit} tokens; the prompt has {len(prompt)} "
+                               "and leaves no room for a reply; shorten it",
+                          "messages", "context_length_exceeded")
         if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise Refusal(400, f"prompt ids must be from 0 to {model.config.vocab_size - 1}, at least one",
                           "prompt")
@@ -340,7 +342,7 @@ class Server:
     async def read_body(self, request):
         """The JSON object of a request."""
         if not request.headers.get("content-type", "").startswith("application/json"):
-            raise Refusal(415, "send application/json")                 # so no other site's form can post here
+            raise Refusal(415, "send application/json")             # so no other site's form can post here
         size, parts = 0, []
         async for part in request.stream():
             size += len(part)
@@ -424,7 +426,8 @@ class Server:
             raise Refusal(400, "reply must be text", "reply")
         ids = [*tokenizer.encode(reply.strip()), tokenizer.im_end_id]
         if len(ids) > model.config.max_seq_len:
-            raise Refusal(400, f"reply has {len(ids)} tokens, the reward model reads {model.config.max_seq_len}", "reply")
+            raise Refusal(400, f"reply has {len(ids)} tokens, the reward model reads "
+                               f"{model.config.max_seq_len}", "reply")
         found = await asyncio.to_thread(score_replies, model, [prompt], [ids], tokenizer.im_end_id)
         return {"score": found.item()}
 
@@ -464,7 +467,7 @@ class Server:
         return {"written": True}
 
     async def to_rate(self, request):
-        """GET /rate/samples?annotator=NAME&kind=KIND: what this person has not judged, in an order of their own."""
+        """GET /rate/samples?annotator=NAME&kind=KIND: what this person has not judged, in their own order."""
         given = request.query_params
         annotator, kind = given.get("annotator", ""), given.get("kind", "ranking")
         if not annotator.strip() or annotator.startswith("simulated"):
@@ -491,9 +494,9 @@ async def arrivals(request, jobs, choices):
             if isinstance(item, Exception):
                 raise Refusal(500, f"the model failed: {item}")
             index, id, logprob, last = item
-            if choices[index].reason is None:                       # else a token that was under way at its end
+            if choices[index].reason is None:                   # else a token that was under way at its end
                 new = choices[index].push(id, logprob, last, jobs[index].stop_ids)
-                if choices[index].reason:                           # never back to False: the engine sets it, too
+                if choices[index].reason:                       # never back to False: the engine sets it, too
                     jobs[index].ended = True
                 yield index, new
     finally:
@@ -625,7 +628,7 @@ def make_app(config):
 
 
 def endpoint(answer, Request):
-    """`answer` as FastAPI wants it: with the type of its argument, which is known only where FastAPI is there."""
+    """`answer` as FastAPI wants it: with its argument's type, known only where FastAPI is there."""
     async def call(request):
         return await answer(request)
     call.__annotations__["request"] = Request

@@ -35,12 +35,12 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
 PRESETS = {
     "demo": dict(batch_size=8, epochs=0, max_steps=300, learning_rate=5e-3, warmup_steps=20, eval_every=150,
                  save_every=150, compile=False),
-    "results": dict(batch_size=16, epochs=0, max_steps=750, learning_rate=5e-3, warmup_steps=30, eval_every=250,
-                    save_every=250),
+    "results": dict(batch_size=16, epochs=0, max_steps=750, learning_rate=5e-3, warmup_steps=30,
+                    eval_every=250, save_every=250),
     "tutorial": dict(max_seq_len=128, packing=False, batch_size=8, epochs=3, by_epoch=True, optimizer="adamw",
                      learning_rate=5e-5, weight_decay=0.01, log_every=10),
-    "smoke": dict(max_steps=6, epochs=0, batch_size=4, eval_every=3, save_every=3, warmup_steps=2, log_every=2,
-                  samples=1, sample_tokens=16, compile=False),
+    "smoke": dict(max_steps=6, epochs=0, batch_size=4, eval_every=3, save_every=3, warmup_steps=2,
+                  log_every=2, samples=1, sample_tokens=16, compile=False),
 }
 
 
@@ -83,7 +83,8 @@ def train(config, ranks):
     at_least(0, config, "samples", "teacher_coef", "label_smoothing", "epochs")
     at_least(1, config, "sample_tokens")
     if config.label_smoothing >= 1:
-        raise UserError(f"label_smoothing {config.label_smoothing} is a share; give 0 or more and less than 1")
+        raise UserError(f"label_smoothing {config.label_smoothing} is a share; "
+                        "give 0 or more and less than 1")
     model_config, tokenizer = checkpoint.source(config, ranks.say)
     data, config = open_data(config, model_config, tokenizer, ranks)
     model_config = replace(model_config, max_seq_len=config.max_seq_len)
@@ -186,8 +187,8 @@ def split(items, share):
     for item in items:
         parts[zlib.crc32(repr(item.messages).encode()) < share * 2 ** 32].append(item)
     if not all(parts):
-        raise UserError(f"val_share {share} of {len(items)} conversations leaves {len(parts[0])} for training "
-                        f"and {len(parts[1])} for validation; change it or give --val_data")
+        raise UserError(f"val_share {share} of {len(items)} conversations leaves {len(parts[0])} for "
+                        f"training and {len(parts[1])} for validation; change it or give --val_data")
     return parts
 
 
@@ -293,7 +294,7 @@ def look(config, model, data, tokenizer, ranks, state, log):
 
 
 def evaluate(config, model, items, ranks):
-    """Loss in nats a learnt token, perplexity and token accuracy over validation conversations, unweighted."""
+    """Loss in nats a learnt token, perplexity, token accuracy over validation conversations, unweighted."""
     model.eval()
     rows, T = pack(items, config.max_seq_len), config.max_seq_len
     at_once = max(1, MAX_LOGITS // (T * model.config.vocab_size))

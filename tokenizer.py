@@ -1,10 +1,10 @@
 """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): trained here by hand, applied by tiktoken.
 
-Text is split by Llama 3's pattern into words, and inside words the most frequent pair of tokens is merged, again and
-again; learning keeps marks and letters apart besides. Ids: 0-255 the bytes in GPT-2's order, the merges as they were
-learnt, the four specials. The trainer's trick is to do many merges at once in numpy, with the same result: see
-`learn_merges`. Special tokens are never recognised in text; they come from `encode_chat` and from whoever packs
-documents.
+Text is split by Llama 3's pattern into words, and inside words the most frequent pair of tokens is merged,
+again and again; learning keeps marks and letters apart besides. Ids: 0-255 the bytes in GPT-2's order, the
+merges as they were learnt, the four specials. The trainer's trick is to do many merges at once in numpy,
+with the same result: see `learn_merges`. Special tokens are never recognised in text; they come from
+`encode_chat` and from whoever packs documents.
 """
 
 import codecs
@@ -28,8 +28,9 @@ from cli import UserError, option, parse_config, progress_bar, run, write_text
 
 SPLIT_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-# No merge is learnt from a mark to the letter behind it: a name is the same token at the start of a sentence, after a
-# quotation mark and inside, so that a small model can learn to copy it (LOG.md). Its words are parts of SPLIT_PATTERN's.
+# No merge is learnt from a mark to the letter behind it: a name is the same token at the start of a sentence,
+# after a quotation mark and inside, so that a small model can learn to copy it (LOG.md). Its words are parts
+# of SPLIT_PATTERN's.
 LEARNING_PATTERN = SPLIT_PATTERN.replace(r"[^\r\n\p{L}\p{N}]?\p{L}+",
                                          r"[^\r\n\p{L}\p{N}\p{P}\p{S}]?\p{L}+")
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")

@@ -170,7 +170,7 @@ def start_ranks(config):
     try:
         yield ranks
     except RuntimeError as error:
-        gone = "Connection closed by peer", "Connection reset by peer"      # gloo's words for a rank that ended
+        gone = "Connection closed by peer", "Connection reset by peer"  # gloo's words for a rank that ended
         if not any(words in str(error) for words in gone):
             raise
         raise UserError(f"rank {rank}: another rank ended; its own message says why")

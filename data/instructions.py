@@ -2,10 +2,10 @@
 
     python -m data.instructions --out_dir DATA
 
-Writes DATA/{sft,eval,prompts}_{train,val}.jsonl, DATA/requests.jsonl, and what is said in sft_train as plain text for
-the tokenizer, DATA/said_train.txt. Everything follows from facts, so right answers are known. Tales come from writers
-who forget, ramble, repeat or break off, so that there is something to prefer; other tasks are answered well. Not here:
-marks for replies (gold.py).
+Writes DATA/{sft,eval,prompts}_{train,val}.jsonl, DATA/requests.jsonl, and what is said in sft_train as plain
+text for the tokenizer, DATA/said_train.txt. Everything follows from facts, so right answers are known. Tales
+come from writers who forget, ramble, repeat or break off, so that there is something to prefer; other tasks
+are answered well. Not here: marks for replies (gold.py).
 """
 
 import json

@@ -1,7 +1,10 @@
-"""What answers to tasks are worth without a network: python tests/baselines.py TRAIN.jsonl EVAL.jsonl REQUESTS.jsonl [LIMIT].
+"""What answers to tasks are worth without a network.
 
-keyword: the reply of the training record whose request shares most rare words with this one (tf-idf). n-gram: the likeliest next
-token after the longest context of up to four tokens that training has, again and again. The same numbers as evaluate.py.
+    python tests/baselines.py TRAIN.jsonl EVAL.jsonl REQUESTS.jsonl [LIMIT]
+
+keyword: the reply of the training record whose request shares most rare words with this one (tf-idf).
+n-gram: the likeliest next token after the longest context of up to four tokens that training has, again and
+again. The same numbers as evaluate.py.
 """
 
 import math
@@ -49,7 +52,8 @@ def ngram_answers(train, prompts, end, longest, order=5):
     for prompt in prompts:
         row = list(prompt)
         while len(row) - len(prompt) < longest and (len(row) == len(prompt) or row[-1] != end):
-            context = next(c for n in range(order - 1, -1, -1) if (c := counts[n].get(tuple(row[len(row) - n:]))))
+            context = next(c for n in range(order - 1, -1, -1)
+                           if (c := counts[n].get(tuple(row[len(row) - n:]))))
             row.append(context.most_common(1)[0][0])
         answers.append(row[len(prompt):])
     return answers
@@ -63,16 +67,20 @@ def main(train_path, eval_path, requests_path, limit=0):
     train = [(c.messages[-2]["content"], c.messages[-1]["content"]) for c in conversations]
     rows = [tokenizer.encode_chat(c.messages)[0] for c in conversations]
     prompts = [tokenizer.encode_chat(e["messages"], add_generation_prompt=True)[0] for e in examples]
-    found = {"keyword": [(text, True) for text in keyword_answers(train, [e["messages"][-1]["content"] for e in examples])],
-             "n-gram": [(tokenizer.decode([i for i in ids if i < tokenizer.eot_id]).strip(), ids[-1] == tokenizer.im_end_id)
+    found = {"keyword": [(text, True) for text in
+                         keyword_answers(train, [e["messages"][-1]["content"] for e in examples])],
+             "n-gram": [(tokenizer.decode([i for i in ids if i < tokenizer.eot_id]).strip(),
+                         ids[-1] == tokenizer.im_end_id)
                         for ids in ngram_answers(rows, prompts, tokenizer.im_end_id, 100)]}
     for name, answers in found.items():
-        replies = [{**e, "reply": text, "ended": ended, "chosen": text, "marks": rate(requests[e["id"]], text)}
+        replies = [{**e, "reply": text, "ended": ended, "chosen": text,
+                    "marks": rate(requests[e["id"]], text)}
                    for e, (text, ended) in zip(examples, answers)]
         groups = dict.fromkeys((e["task"], e["language"]) for e in examples)
         print(f"\n== {name}")
-        print_table([{"task": t, "language": lang, **numbers([r for r in replies if (r["task"], r["language"]) == (t, lang)],
-                                                             requests)} for t, lang in groups])
+        print_table([{"task": t, "language": lang,
+                      **numbers([r for r in replies if (r["task"], r["language"]) == (t, lang)], requests)}
+                     for t, lang in groups])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """An update of PPO beside the same work by Hugging Face's models: python tests/bench_ppo.py [rounds].
 
-Four networks of 6 layers, width 384, vocabulary 4,096; 32 replies of 64 tokens to prompts of 32; 4 passes of minibatches of 8; one
-thread, fp32. Theirs: generate with its cache, log-probs of policy and reference, values, scores, then forward, backward and AdamW of
-policy and value model for each minibatch, all without our code. Interleaved; seconds an update, medians.
+Four networks of 6 layers, width 384, vocabulary 4,096; 32 replies of 64 tokens to prompts of 32; 4 passes of
+minibatches of 8; one thread, fp32. Theirs: generate with its cache, log-probs of policy and reference,
+values, scores, then forward, backward and AdamW of policy and value model for each minibatch, all without
+our code. Interleaved; seconds an update, medians.
 """
 
 import os
@@ -33,13 +34,16 @@ SETTINGS = BenchConfig(**PRESETS["6x384"])
 def ours():
     """A function that does one update through ppo.train; no id ends a reply, so all have 64 tokens."""
     shape = model_config(SETTINGS)
-    policy, reference, value_model, judge = (kind(shape) for kind in (LanguageModel, LanguageModel, ScalarModel, ScalarModel))
-    config = ppo.PPOConfig(batch_size=B, num_ppo_epochs=EPOCHS, num_mini_batches=B // MINI, response_length=REPLY, max_steps=1,
-                           warmup_steps=0, missing_eos_penalty=0, device="cpu", dtype="fp32", learning_rate=1e-5)
+    policy, reference, value_model, judge = (
+        kind(shape) for kind in (LanguageModel, LanguageModel, ScalarModel, ScalarModel))
+    config = ppo.PPOConfig(batch_size=B, num_ppo_epochs=EPOCHS, num_mini_batches=B // MINI,
+                           response_length=REPLY, max_steps=1, warmup_steps=0, missing_eos_penalty=0,
+                           device="cpu", dtype="fp32", learning_rate=1e-5)
     prompts = torch.randint(SETTINGS.vocab_size - 1, (B, PROMPT)).tolist()
 
     def update():
-        ppo.train(config, policy, reference, value_model, prompts, lambda p, r: score_replies(judge, p, [x[:-1] for x in r], 4095),
+        ppo.train(config, policy, reference, value_model, prompts,
+                  lambda p, r: score_replies(judge, p, [x[:-1] for x in r], 4095),
                   SETTINGS.vocab_size, log=lambda *_: None)
     return update
 
@@ -48,7 +52,8 @@ def theirs():
     """The same work with transformers and plain torch."""
     policy, reference = llama(SETTINGS), llama(SETTINGS)
     scalar = transformers.LlamaForSequenceClassification
-    value_model, judge = (scalar(transformers.LlamaConfig(**policy.config.to_dict() | {"num_labels": 1})) for _ in range(2))
+    value_model, judge = (scalar(transformers.LlamaConfig(**policy.config.to_dict() | {"num_labels": 1}))
+                          for _ in range(2))
     for model in (policy, value_model):
         model.train()
     both = [*policy.parameters(), *value_model.parameters()]
@@ -64,9 +69,10 @@ def theirs():
 
     def update():
         with torch.no_grad():
-            ids = policy.generate(prompts, do_sample=True, top_k=0, max_new_tokens=REPLY, min_new_tokens=REPLY,
-                                  attention_mask=torch.ones_like(prompts))
-            old, ref = (torch.cat([logprobs(model, part) for part in ids.split(MINI)]) for model in (policy, reference))
+            ids = policy.generate(prompts, do_sample=True, top_k=0, max_new_tokens=REPLY,
+                                  min_new_tokens=REPLY, attention_mask=torch.ones_like(prompts))
+            old, ref = (torch.cat([logprobs(model, part) for part in ids.split(MINI)])
+                        for model in (policy, reference))
             was = torch.cat([values(value_model, part) for part in ids.split(MINI)])
             score = torch.cat([values(judge, part)[:, -1] for part in ids.split(MINI)])
             rewards = -0.1 * (old - ref)
@@ -99,7 +105,8 @@ def main(rounds):
     for name, taken in seconds.items():
         print(f"{name}: median {median[name]:.1f} s ({min(taken):.1f}-{max(taken):.1f}), "
               f"{median[name] / median['Hugging Face']:.2f} of Hugging Face's")
-    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10:.0f} MiB")
+    print("peak memory of the process: "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10:.0f} MiB")
 
 
 if __name__ == "__main__":

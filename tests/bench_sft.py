@@ -1,7 +1,8 @@
 """Instruction tuning beside Hugging Face's Trainer: python tests/bench_sft.py [rounds].
 
-Alpaca records of at most 128 tokens, 6 layers of width 384, one thread, AdamW, fp32. Ours packs conversations into rows of
-512; the Trainer pads each to 128, as the tutorial does. Interleaved; real tokens (no padding) a second, medians.
+Alpaca records of at most 128 tokens, 6 layers of width 384, one thread, AdamW, fp32. Ours packs conversations
+into rows of 512; the Trainer pads each to 128, as the tutorial does. Interleaved; real tokens (no padding) a
+second, medians.
 """
 
 import os
@@ -34,12 +35,14 @@ SETTINGS = BenchConfig(**PRESETS["6x384"] | {"max_seq_len": ROW})
 
 def main(rounds):
     torch.set_num_threads(1)
-    texts = [c.messages for c in read_conversations(str(DATA / "alpaca.en.jsonl.gz"), byte_tokenizer(), 10 ** 6,
-                                                    skip_bad=True).items]
+    texts = [c.messages for c in read_conversations(str(DATA / "alpaca.en.jsonl.gz"), byte_tokenizer(),
+                                                    10 ** 6, skip_bad=True).items]
     tokenizer = Tokenizer.train((turn["content"] for turns in texts for turn in turns), SETTINGS.vocab_size)
-    items = [item for item in read_conversations(str(DATA / "alpaca.en.jsonl.gz"), tokenizer, 10 ** 6, skip_bad=True).items
+    items = [item for item in read_conversations(str(DATA / "alpaca.en.jsonl.gz"), tokenizer, 10 ** 6,
+                                                 skip_bad=True).items
              if len(item.ids) <= LONGEST]
-    print(f"{len(items):,} records of {np.mean([len(item.ids) for item in items]):.1f} tokens on average", flush=True)
+    print(f"{len(items):,} records of {np.mean([len(item.ids) for item in items]):.1f} tokens on average",
+          flush=True)
     ways = {"ours, packed, compiled": ours(items, True), "ours, packed, eager": ours(items, False),
             "Trainer, padded to 128": theirs(items)}
     speeds = {name: [] for name in ways}
@@ -53,7 +56,8 @@ def main(rounds):
     slowest = statistics.median(speeds["Trainer, padded to 128"])
     for name, taken in speeds.items():
         median = statistics.median(taken)
-        print(f"{name}: {median:.0f} real tokens/s ({min(taken):.0f}-{max(taken):.0f}), {median / slowest:.2f} times the Trainer")
+        print(f"{name}: {median:.0f} real tokens/s ({min(taken):.0f}-{max(taken):.0f}), "
+              f"{median / slowest:.2f} times the Trainer")
 
 
 def byte_tokenizer():
@@ -72,7 +76,8 @@ def ours(items, compiled):
 
     def loss_of(model, ids, targets, doc_ids):
         return model(ids, targets, doc_ids)
-    step = trainer(SETTINGS, Ranks(), LanguageModel(model_config(SETTINGS)), loss_of, (ids, targets, doc_ids), compiled)
+    step = trainer(SETTINGS, Ranks(), LanguageModel(model_config(SETTINGS)), loss_of,
+                   (ids, targets, doc_ids), compiled)
 
     def work(n):
         tokens = 0
@@ -93,14 +98,16 @@ def theirs(items):
     for item in chosen:
         ids = [*item.ids.tolist(), *[0] * (LONGEST - len(item.ids))]
         labels = [id if learn else IGNORE_INDEX for id, learn in zip(item.ids.tolist(), item.learn)]
-        rows.append({"input_ids": ids, "attention_mask": [1] * len(item.ids) + [0] * (LONGEST - len(item.ids)),
+        rows.append({"input_ids": ids,
+                     "attention_mask": [1] * len(item.ids) + [0] * (LONGEST - len(item.ids)),
                      "labels": labels + [IGNORE_INDEX] * (LONGEST - len(labels))})
     model = llama(SETTINGS)
     folder = tempfile.mkdtemp()
 
     def work(n):
-        arguments = transformers.TrainingArguments(folder, per_device_train_batch_size=32, max_steps=n, report_to=[],
-                                                   save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True)
+        arguments = transformers.TrainingArguments(
+            folder, per_device_train_batch_size=32, max_steps=n, report_to=[], save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, use_cpu=True)
         transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
         return n * 32 * np.mean([len(item.ids) for item in chosen])
     return work

@@ -1,6 +1,7 @@
-"""Tokenizer training beside Hugging Face's Rust trainer on one thread: python tests/bench_tokenizer.py [rounds].
+"""Tokenizer training beside Hugging Face's Rust trainer: python tests/bench_tokenizer.py [rounds].
 
-Vocabulary 32,768 on the four large files of ../shared/data, held in memory beforehand, interleaved. Prints seconds and medians.
+On one thread. Vocabulary 32,768 on the four large files of ../shared/data, held in memory beforehand,
+interleaved. Prints seconds and medians.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""The tutorial's own PPO, which many paste: what it does instead of learning. ppo.py holds only the right one.
+"""The tutorial's own PPO, which many paste: what it does instead of learning.
 
-Its loss is -(reward - mean log-prob) * mean log-prob, both means over the whole vocabulary: no ratio, no
-clip, no KL, no values, no mask of the reply, whatever token was sampled.
+ppo.py holds only the right one. Its loss is -(reward - mean log-prob) * mean log-prob, both means over the
+whole vocabulary: no ratio, no clip, no KL, no values, no mask of the reply, whatever token was sampled.
 """
 
 import math
@@ -19,7 +19,7 @@ def article_loss(logits, rewards):
 
 
 def test_its_gradient_does_not_know_what_was_sampled():
-    """-A (1/V - p) / T at every position: a push towards the uniform distribution if A > 0, away from it else."""
+    """-A (1/V - p) / T at every position: a push towards the uniform distribution if A > 0, else away."""
     logits = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(0),
                          dtype=torch.float64).requires_grad_()
     rewards = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)

@@ -9,7 +9,8 @@ import torch
 
 import batches
 from batches import (Shards, bits_from_sums, bits_per_byte, check_tokenizer, data_step, document_sums,
-                     first_fit, n_rows, packed_rows, perplexity_from_sums, rows_of_step, scoring_windows, share)
+                     first_fit, n_rows, packed_rows, perplexity_from_sums, rows_of_step, scoring_windows,
+                     share)
 from cli import UserError
 from model import LanguageModel, ModelConfig
 from tokenizer import Tokenizer
@@ -269,7 +270,7 @@ def small_model():
 
 
 def slow_sums(model, files, T):
-    """(nats, bytes, tokens) by language: one document, one target, one forward at a time, straight from the texts."""
+    """(nats, bytes, tokens) by language, from the texts: one document, one target, one forward at a time."""
     sums = {}
     with torch.no_grad():
         for language, texts in files:
@@ -350,5 +351,6 @@ def test_bits_from_sums():
     """8 bits a byte, as for a model that knows nothing of bytes: nats = n * ln 256."""
     bits = bits_from_sums({"en": np.array([3 * np.log(256), 3, 2]), "zh": np.array([0.0, 1, 1])})
     assert bits == pytest.approx({"all": 6.0, "en": 8.0, "zh": 0.0})
-    perplexity = perplexity_from_sums({"en": np.array([2 * np.log(5), 9, 2]), "zh": np.array([np.log(7), 1, 1])})
+    perplexity = perplexity_from_sums({"en": np.array([2 * np.log(5), 9, 2]),
+                                       "zh": np.array([np.log(7), 1, 1])})
     assert perplexity == pytest.approx({"all": 175 ** (1 / 3), "en": 5.0, "zh": 7.0})

@@ -1,4 +1,4 @@
-"""The whole chain by make: unbroken, and broken off at five random places, Ctrl-C or kill -9; the numbers are the same."""
+"""The chain by make: unbroken, and broken off at five random places, Ctrl-C or kill -9; the same numbers."""
 
 import json
 import os
@@ -28,8 +28,8 @@ def numbers(out):
     found = {"evaluation": (out / "evaluation.json").read_text(encoding="utf-8").replace(str(out), "OUT")}
     for stage in "pretrain", "sft", "reward", "ppo":
         lines = (out / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        found[stage] = [{k: v for k, v in json.loads(line).items() if k not in ("time", "tokens_per_second", "mfu")}
-                        for line in lines]
+        found[stage] = [{k: v for k, v in json.loads(line).items()
+                         if k not in ("time", "tokens_per_second", "mfu")} for line in lines]
         found[f"{stage} weights"] = (newest(out / stage) / "model.pt").read_bytes()
     found["rankings"] = (out / "feedback" / "rankings.jsonl").read_text(encoding="utf-8")
     return found

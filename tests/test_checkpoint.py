@@ -102,7 +102,7 @@ def test_a_checkpoint_is_never_overwritten(tmp_path, tokenizer):
     saved(tmp_path, tokenizer, [5])
     assert names(tmp_path) == ["00000005", "00000005.broken-1"] and checkpoint.problem(path) == ""
     assert (tmp_path / "checkpoints/00000005.broken-1/model.pt").read_bytes() == b"broken"
-    saved(tmp_path, tokenizer, [6])                             # the broken one is not counted among the last two
+    saved(tmp_path, tokenizer, [6])                         # the broken one is not counted among the last two
     assert names(tmp_path) == ["00000005", "00000005.broken-1", "00000006"]
     said = []
     assert checkpoint.newest(tmp_path, said.append).name == "00000006" and not said

@@ -176,13 +176,16 @@ def test_simulation_outlives_kills(world, tmp_path):
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.full)])
 def test_judging_in_the_terminal_outlives_kills(world, tmp_path, kills):
-    """Killed while it asks and writes; what it had confirmed is kept, and in the end each sample is judged once."""
-    samples = write(tmp_path / "s.jsonl", [dict(read(world / "samples.jsonl")[0], id=f"s{i}") for i in range(400)])
-    path, command = tmp_path / "r.jsonl", [sys.executable, "feedback.py", "rate", "--samples", samples, "--annotator", "ada",
-                                           "--kind", "choice", "--out", str(tmp_path / "r.jsonl")]
+    """Killed while it asks and writes: what it confirmed is kept, in the end each sample is judged once."""
+    samples = write(tmp_path / "s.jsonl",
+                    [dict(read(world / "samples.jsonl")[0], id=f"s{i}") for i in range(400)])
+    path, command = tmp_path / "r.jsonl", [sys.executable, "feedback.py", "rate", "--samples", samples,
+                                           "--annotator", "ada", "--kind", "choice",
+                                           "--out", str(tmp_path / "r.jsonl")]
     rng, confirmed = random.Random(0), 0
     for attempt in range(kills + 1):
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                   text=True)
         with suppress(BrokenPipeError):
             process.stdin.write("1\n" * 400)
             process.stdin.flush()

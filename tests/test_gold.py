@@ -28,7 +28,8 @@ def replies(seed, language):
     space, facts, row = SPACE[language], request["facts"], load().row
     whole = perfect(request, draw)
     parts = sentences(whole, language)
-    others = (make_request(generator("other", seed, i), "tale", language, "train")["facts"] for i in range(99))
+    others = (make_request(generator("other", seed, i), "tale", language, "train")["facts"]
+              for i in range(99))
     other = next(o for o in others if not {facts["hero"], facts["friend"]} & {o["hero"], o["friend"]})
     stranger = sentences(tell(other, language, draw, "short")[0], language)
     words = [row(role, facts[role])[language][""] for role in request["elements"]]

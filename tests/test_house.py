@@ -39,6 +39,7 @@ EXTRAS = ["matplotlib", "fastapi", "uvicorn", "tensorboard", "wandb", "safetenso
           "tokenizers", "pytest"]
 LARGEST = 1_000_000             # bytes of a tracked file
 OWN_MACHINE = re.compile(r"/(?:work|root|home|Users)/\w")
+COLUMNS = 110                   # characters of a line, at most
 LONG = 5                        # lines; a public function of more says what it does
 
 
@@ -93,7 +94,8 @@ def test_gold_is_hidden_from_training():
     knowing = {module_of(path) for path in SCRIPTS
                if any(name.startswith("data.gold") for name, _ in imports(path.read_text(encoding="utf-8")))}
     assert knowing <= {"feedback", "evaluate"}
-    assert [name for name, _ in imports("from data import gold\ndef f():\n    import data.gold")] == ["data.gold"] * 2
+    assert [name for name, _ in imports("from data import gold\n"
+                                        "def f():\n    import data.gold")] == ["data.gold"] * 2
 
 
 @pytest.mark.parametrize("module, source", [
@@ -234,9 +236,11 @@ def test_both_readmes_have_the_same_commands_metrics_and_files():
     assert [[w for w in c if w not in told_apart] for c in commands(english)] == [
         [w for w in c if w not in told_apart] for c in commands(chinese)]
     assert table_of_metrics(english) == table_of_metrics(chinese)
-    files = [re.findall(r"`([\w/]+(?:\.\w+)?/?)`", text[text.index(start):text.index(end)]) for text, start, end in (
-        (english, "## The map", "## What it logs"), (chinese, "## 地图", "## 日志里的指标"))]
-    assert files[0] == files[1] and all((ROOT / name).exists() for name in files[0] if "/" in name or name.endswith("py"))
+    files = [re.findall(r"`([\w/]+(?:\.\w+)?/?)`", text[text.index(start):text.index(end)])
+             for text, start, end in ((english, "## The map", "## What it logs"),
+                                      (chinese, "## 地图", "## 日志里的指标"))]
+    assert files[0] == files[1] and all((ROOT / name).exists() for name in files[0]
+                                        if "/" in name or name.endswith("py"))
 
 
 @pytest.mark.parametrize("line", [
@@ -277,10 +281,12 @@ def test_every_metric_of_pretraining_is_in_the_readme(tmp_path):
 
 
 def test_every_metric_of_ppo_is_in_the_readme(tmp_path):
-    config = ppo.built_in(ppo.PPOConfig(out_dir=str(tmp_path), **ppo.PRESETS["smoke"] | {"max_steps": 1}), Ranks())
+    config = ppo.built_in(ppo.PPOConfig(out_dir=str(tmp_path), **ppo.PRESETS["smoke"] | {"max_steps": 1}),
+                          Ranks())
     ppo.main(config)
     restore_process()
-    written = {name for line in (tmp_path / "log.jsonl").read_text().splitlines() for name in json.loads(line)}
+    written = {name for line in (tmp_path / "log.jsonl").read_text().splitlines()
+               for name in json.loads(line)}
     assert {"kl", "first_ratio"} <= written
     assert written - {"step", "time"} - table_of_metrics(readme()) == set()
 
@@ -298,6 +304,14 @@ def test_tracked_files_are_small_and_from_no_machine():
     assert large == []
     found = [f"{path.relative_to(ROOT)}: {match.group()}" for path in tracked()
              if (match := OWN_MACHINE.search(path.read_bytes().decode("utf-8", "replace")))]
+    assert found == []
+
+
+def test_no_line_is_too_long():
+    found = [f"{path.relative_to(ROOT)}:{number}: {len(line)} characters"
+             for path in [*SCRIPTS, *sorted(ROOT.glob("tests/*.py"))]
+             for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+             if len(line) > COLUMNS]
     assert found == []
 
 

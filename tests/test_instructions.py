@@ -26,7 +26,8 @@ def written(tmp_path_factory):
         write_files(InstructionsConfig(out_dir=str(out), examples=220, prompts=40))
         runs.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert runs[0] == runs[1]
-    return {name: [json.loads(line) for line in data.decode().splitlines()] if name.endswith("l") else data.decode()
+    return {name: ([json.loads(line) for line in data.decode().splitlines()] if name.endswith("l")
+                   else data.decode())
             for name, data in runs[0].items()}
 
 

@@ -7,11 +7,12 @@ import random
 import pytest
 
 import metrics
-from metrics import (accuracy, bleu, distinct_n, exact_match, precision_recall_f1, repetition_rate, rouge, token_f1,
-                     words)
+from metrics import (accuracy, bleu, distinct_n, exact_match, precision_recall_f1, repetition_rate, rouge,
+                     token_f1, words)
 
 EN = ["The cat sat on the mat, and it purred.", "He paid 3.50 for two books - a fair price!", "Yes.", "",
-      "a a a a b b", "It costs $1,000.00 (about 900 euros); nobody's fault.", "state-of-the-art 1990-95 results"]
+      "a a a a b b", "It costs $1,000.00 (about 900 euros); nobody's fault.",
+      "state-of-the-art 1990-95 results"]
 ZH = ["小狐狸跑到磨坊里，唱了一首歌。", "他花了3.5元买书！", "好。", "", "“你好，”她说——“再见……”", "第2天，A小姐带着2只猫走了。"]
 
 
@@ -117,12 +118,14 @@ def test_common_subsequence_by_brute_force():
 
 def test_repetition_and_distinct_by_hand():
     assert repetition_rate("a b c d a b c d") == pytest.approx(1 / 5)
-    assert distinct_n(["a b a b", "a b"], 2) == pytest.approx(2 / 4) and repetition_rate("啦" * 6) == pytest.approx(2 / 3)
+    assert (distinct_n(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
+            and repetition_rate("啦" * 6) == pytest.approx(2 / 3))
 
 
 def test_chinese_is_never_zero_by_mistake():
     reply, text = "小狐狸跑到磨坊", "小狐狸跑到了磨坊里"
-    assert token_f1(reply, [text]) > 0.8 and rouge(reply, [text])["rougeL"] > 0.8 and bleu([reply], [[text]]) > 30
+    assert (token_f1(reply, [text]) > 0.8 and rouge(reply, [text])["rougeL"] > 0.8
+            and bleu([reply], [[text]]) > 30)
     assert words("The cat, 2 猫咪!") == ["the", "cat", "2", "猫", "咪"]
 
 

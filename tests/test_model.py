@@ -421,7 +421,8 @@ def test_the_loss_in_chunks_equals_that_of_whole_logits(shape, tokens_at_once, m
 
 
 @pytest.mark.parametrize("vocab_size, device, tokens", [
-    (1024, "cpu", 1024), (4096, "cpu", 256), (128_000, "cpu", 256), (4096, "cuda", 8192), (128_000, "cuda", 262)])
+    (1024, "cpu", 1024), (4096, "cpu", 256), (128_000, "cpu", 256), (4096, "cuda", 8192),
+    (128_000, "cuda", 262)])
 def test_tokens_whose_logits_are_held_at_once(vocab_size, device, tokens):
     assert model.chunk_of_tokens(vocab_size, torch.device(device)) == tokens
 

@@ -235,7 +235,8 @@ def test_sampled_frequencies_are_the_scored_ones():
     replies = generate(policy, [[2, 3]] * n, 2, temperature=0.7, stop_ids=(toy.EOS,), seeds=range(n))
     ids = [[2, 3, a, b] for a in range(1, 5) for b in range(5)] + [[2, 3, 0, 0]]
     ids = torch.tensor(ids)
-    _, logprobs = ppo.reply_logits(policy, ids, torch.tensor([2] * len(ids)), response_mask(ids[:, 2:], 0), 0.7)
+    _, logprobs = ppo.reply_logits(policy, ids, torch.tensor([2] * len(ids)),
+                                   response_mask(ids[:, 2:], 0), 0.7)
     counts = {tuple(x[2:]): 0 for x in ids.tolist()}
     for reply in replies:
         counts[tuple((reply + [0])[:2])] += 1

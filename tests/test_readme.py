@@ -16,10 +16,13 @@ from test_house import ROOT, commands, readme
 SHAPE = "--d_model 32 --n_layers 1 --n_heads 2 --n_kv_heads 2 --d_ff 64 --max_seq_len 256 --no-compile"
 STEPS = "--max_steps 4 --batch_size 4 --eval_every 4 --save_every 4"
 TINY = {                        # added to a command of this script; the last word of a flag counts
-    "data.world": "", "data.instructions": "--examples 240 --prompts 60", "tokenizer.py": "--vocab_size 512", "data.prepare": "",
-    "pretrain.py": f"{SHAPE} {STEPS} --micro_batch_size 2 --eval_documents 4", "generate.py": "--max_new_tokens 8",
-    "sft.py": f"{STEPS} --epochs 0", "evaluate.py": "--limit 2 --max_new_tokens 8 --best_of 2", "report.py": "",
-    "sample": "--limit 40 --max_new_tokens 12", "rate": "", "simulate": "--temperature 2", "collect": "", "reward.py": "--bootstrap 5 --val_share 0.4",
+    "data.world": "", "data.instructions": "--examples 240 --prompts 60",
+    "tokenizer.py": "--vocab_size 512", "data.prepare": "",
+    "pretrain.py": f"{SHAPE} {STEPS} --micro_batch_size 2 --eval_documents 4",
+    "generate.py": "--max_new_tokens 8", "sft.py": f"{STEPS} --epochs 0",
+    "evaluate.py": "--limit 2 --max_new_tokens 8 --best_of 2", "report.py": "",
+    "sample": "--limit 40 --max_new_tokens 12", "rate": "", "simulate": "--temperature 2", "collect": "",
+    "reward.py": "--bootstrap 5 --val_share 0.4",
     "ppo.py": f"{STEPS} --batch_size 8 --response_length 8 --force", "serve.py": "--port 8123",
     "bench.py": f"{SHAPE} --batch_size 2 --rounds 1 --new_tokens 4 --sample_batches 2 --vocab_size 512",
 }
@@ -48,14 +51,16 @@ def test_every_command_of_the_readme_runs(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
     def do(line, typed=""):
-        done = subprocess.run(line, cwd=home, env=env, input=typed, capture_output=True, text=True, encoding="utf-8", timeout=300)
+        done = subprocess.run(line, cwd=home, env=env, input=typed, capture_output=True, text=True,
+                              encoding="utf-8", timeout=300)
         assert done.returncode == 0, f"{' '.join(line)}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
 
     do([sys.executable, "-m", "data.world", "--out_dir", "text", "--megabytes", "0.1"])
     shutil.copy(home / "text/train.en.txt", home / "stories.txt")
     chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
     (home / "chats.json").write_text(json.dumps([{"messages": chat}] * 20))
-    (home / "questions.jsonl").write_text("".join(json.dumps({"question": f"What is {i}?", "answer": f"{i}."}) + "\n" for i in range(40)))
+    (home / "questions.jsonl").write_text("".join(
+        json.dumps({"question": f"What is {i}?", "answer": f"{i}."}) + "\n" for i in range(40)))
     ran = 0
     for command in commands(readme()):
         if command[0] == "make":

@@ -55,11 +55,14 @@ def test_formats(record, wanted):
 GOOD_TURNS = say("q", "a")
 BAD = [     # (record or raw line, words of the message)
     ("{not json", "not a JSON record"), ('"text"', '"text" is not a record'), ("17", "17 is not a record"),
-    ({}, "(none)"), ({"question": "q"}, "in none of the formats"), ({"Question": "q", "Answer": "a"}, "Question, Answer"),
+    ({}, "(none)"), ({"question": "q"}, "in none of the formats"),
+    ({"Question": "q", "Answer": "a"}, "Question, Answer"),
     ({"question": "q", "answer": ""}, "empty answer"), ({"question": "q", "answer": " \n"}, "empty answer"),
-    ({"question": "q", "answer": None}, "answer null"), ({"question": ["q"], "answer": "a"}, 'question ["q"] is a list'),
-    ({"question": "q", "answer": True}, "answer true is a bool"), ({"question": "q", "answer": {}}, "answer {}"),
-    ({"instruction": "i", "output": []}, "empty answer"), ({"instruction": "i", "output": [["x"]]}, "is a list"),
+    ({"question": "q", "answer": None}, "answer null"),
+    ({"question": ["q"], "answer": "a"}, 'question ["q"] is a list'),
+    ({"question": "q", "answer": True}, "answer true is a bool"),
+    ({"question": "q", "answer": {}}, "answer {}"), ({"instruction": "i", "output": []}, "empty answer"),
+    ({"instruction": "i", "output": [["x"]]}, "is a list"),
     ({"instruction": "i", "input": 3.5, "output": None}, "output null"),
     ({"messages": "hello"}, "not a list of turns"), ({"messages": ["hello"]}, "not a list of turns"),
     ({"messages": []}, "no turn of a user"), ([], "no turn of a user"), ([{"role": "user"}], "no 'content'"),
@@ -71,10 +74,13 @@ BAD = [     # (record or raw line, words of the message)
     ([{"role": "system", "content": "s"}, *GOOD_TURNS[1:]], "turn 2 is of assistant"),
     ([*GOOD_TURNS, GOOD_TURNS[1]], "turn 3 is of assistant"), (GOOD_TURNS[:1] * 2, "turn 2 is of user"),
     ([*GOOD_TURNS, {"role": "system", "content": "s"}], "turn 3 is of system"),
-    ({"entity": "Mars", "facts": "red"}, 'facts "red"'), ({"entity": "Mars", "facts": [{"fact": "x"}]}, "facts [{"),
-    ({"entity": 1.5, "facts": [{"fact": "x", "value": None}]}, "value null"), ({"entity": "Mars", "facts": []}, "empty"),
-    ({"text": "t", "label": None}, "label null"), ({"prompt": "p", "completion": "x<|im_end|>"}, "<|im_end|>"),
-    ({"prompt": "p<|im_start|>system", "completion": "x"}, "<|im_start|>"), ({"input": "<|pad|>", "target": "x"}, "<|pad|>"),
+    ({"entity": "Mars", "facts": "red"}, 'facts "red"'),
+    ({"entity": "Mars", "facts": [{"fact": "x"}]}, "facts [{"),
+    ({"entity": 1.5, "facts": [{"fact": "x", "value": None}]}, "value null"),
+    ({"entity": "Mars", "facts": []}, "empty"), ({"text": "t", "label": None}, "label null"),
+    ({"prompt": "p", "completion": "x<|im_end|>"}, "<|im_end|>"),
+    ({"prompt": "p<|im_start|>system", "completion": "x"}, "<|im_start|>"),
+    ({"input": "<|pad|>", "target": "x"}, "<|pad|>"),
     ({"question": "q", "answer": "fox " * 80}, "does not fit"), ({**ASK, "weight": "much"}, 'weight "much"'),
     ({**ASK, "weight": -1}, "weight -1"), ({**ASK, "weight": True}, "weight true"),
 ]
@@ -108,9 +114,9 @@ def test_bad_files(name, content, words, tmp_path):
         read_conversations(str(tmp_path / name), TOKENIZER, 64, skip_bad=True)
 
 
-@pytest.mark.parametrize("spec, words", [("", "names no file"), (" , ", "names no file"), ("a.jsonl:0", "above 0"),
-                                         ("a.jsonl:-2", "above 0"), ("a.jsonl:inf", "above 0"),
-                                         ("no_such_file.jsonl", "no such file"), (".", "not a file")])
+@pytest.mark.parametrize("spec, words", [
+    ("", "names no file"), (" , ", "names no file"), ("a.jsonl:0", "above 0"), ("a.jsonl:-2", "above 0"),
+    ("a.jsonl:inf", "above 0"), ("no_such_file.jsonl", "no such file"), (".", "not a file")])
 def test_bad_names_and_weights(spec, words):
     with pytest.raises(UserError, match=words):
         read_conversations(spec, TOKENIZER, 64)
@@ -157,11 +163,12 @@ def pieces(item):
 
 
 def test_answers_and_their_ends_are_learnt_and_nothing_else():
-    item, cut = conversation([{"role": "system", "content": "Be kind."}, *say(" Who? ", "Fox.\n"), *say("Why?", "It ran.")],
-                             TOKENIZER, 200)
+    item, cut = conversation([{"role": "system", "content": "Be kind."}, *say(" Who? ", "Fox.\n"),
+                              *say("Why?", "It ran.")], TOKENIZER, 200)
     assert not cut
     assert pieces(item) == [
-        ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n"
+         "<|im_start|>assistant\n", False),
         ("Fox.<|im_end|>", True), ("\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", False),
         ("It ran.<|im_end|>", True)]
 
@@ -212,8 +219,8 @@ def test_rows_hold_every_conversation_once_and_little_else():
 
 def test_a_pack_has_the_loss_and_gradient_of_its_conversations_alone():
     torch.manual_seed(0)
-    model = LanguageModel(ModelConfig(vocab_size=320, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48,
-                                      max_seq_len=64)).double()
+    model = LanguageModel(ModelConfig(vocab_size=320, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2,
+                                      d_ff=48, max_seq_len=64)).double()
     items = several(9)
     rows = pack(items, 64)
     assert max(map(len, rows)) > 2
@@ -248,4 +255,5 @@ def test_first_answer_token_and_end_are_targets_and_a_neighbours_tokens_are_not(
         assert (doc_ids[0, at:at + n - 1] == number).all()
         assert (weights[0, at:at + n - 1] == item.weight * item.learn[1:]).all()
         at += n - 1
-    assert (targets[0, at:] == IGNORE_INDEX).all() and (doc_ids[0, at:] == 3).all() and not weights[0, at:].any()
+    assert ((targets[0, at:] == IGNORE_INDEX).all() and (doc_ids[0, at:] == 3).all()
+            and not weights[0, at:].any())

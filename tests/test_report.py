@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from cli import UserError
-from report import STAGES, ReportConfig, check, drawing, main, minutes, page, read_log, reached, smooth, terminal_table
+from report import (STAGES, ReportConfig, check, drawing, main, minutes, page, read_log, reached, smooth,
+                    terminal_table)
 
 VOID = {"meta", "br", "img", "link"}
 
@@ -36,23 +37,29 @@ class Balanced(HTMLParser):
 def out(tmp_path):
     """What a chain leaves, made up."""
     extra = {"pretrain": {"bits_per_byte_en": 0.5, "bits_per_byte_zh": 0.6, "val_loss": 1.5},
-             "sft": {"val_loss": 1.0, "val_accuracy": 0.7}, "reward": {"val_loss": 0.6}, "ppo": {"kl_k3": 1.0}}
+             "sft": {"val_loss": 1.0, "val_accuracy": 0.7}, "reward": {"val_loss": 0.6},
+             "ppo": {"kl_k3": 1.0}}
     for stage in STAGES:
         (tmp_path / stage).mkdir()
-        lines = [{"step": n, "time": 100.0 + 6 * n, "loss": 3 / n, "lr": 0.1 / n, "grad_norm": 1.0, "score": 0.1 * n, "kl": 0.2 * n,
-                  "entropy": 1.0, "length": 20.0, "eos_rate": 0.9, "clipfrac": 0.1} for n in range(1, 21)]
+        lines = [{"step": n, "time": 100.0 + 6 * n, "loss": 3 / n, "lr": 0.1 / n, "grad_norm": 1.0,
+                  "score": 0.1 * n, "kl": 0.2 * n, "entropy": 1.0, "length": 20.0, "eos_rate": 0.9,
+                  "clipfrac": 0.1} for n in range(1, 21)]
         lines.append({"step": 20, "time": 221.0, **extra[stage]})
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / stage / "log.jsonl").write_text(text + '{"step": 21, "ti', encoding="utf-8")
     (tmp_path / "reward" / "report.json").write_text(json.dumps({
-        "accuracy": 0.7, "calibration_error": 0.04, "by_margin": {"0-0.5": [10, 0.5], "2-inf": [9, 0.9], "1-2": [0, None]},
-        "baselines": {"length": 0.5}, "gate": {"metric": "accuracy", "value": 0.7, "low": 0.65, "passed": True}}))
-    row = dict(gold=2.0, gold_units=0.0, gold_same_length=0.0, win_rate=0.5, kl=0.0, score=0.0, length=30.0, ended=0.9)
+        "accuracy": 0.7, "calibration_error": 0.04,
+        "by_margin": {"0-0.5": [10, 0.5], "2-inf": [9, 0.9], "1-2": [0, None]},
+        "baselines": {"length": 0.5},
+        "gate": {"metric": "accuracy", "value": 0.7, "low": 0.65, "passed": True}}))
+    row = dict(gold=2.0, gold_units=0.0, gold_same_length=0.0, win_rate=0.5, kl=0.0, score=0.0, length=30.0,
+               ended=0.9)
     (tmp_path / "evaluation.json").write_text(json.dumps({
         "policies": [{"model": "out/sft", **row}, {"model": "out/ppo", **row, "gold_units": 0.8, "kl": 3.0}],
-        "best_of": [{"best_of": 1, "kl": 0.0, "score": 0.0, "gold_units": 0.0}, {"best_of": 4, "kl": 0.6, "score": 1.0,
-                                                                                 "gold_units": 0.5}],
-        "transcripts": [{"messages": [{"role": "user", "content": "Tell </figure> <script>alert(1)</script> 故事"}],
+        "best_of": [{"best_of": 1, "kl": 0.0, "score": 0.0, "gold_units": 0.0},
+                    {"best_of": 4, "kl": 0.6, "score": 1.0, "gold_units": 0.5}],
+        "transcripts": [{"messages": [{"role": "user",
+                                       "content": "Tell </figure> <script>alert(1)</script> 故事"}],
                          "replies": {"out/sft": "<img src=x>", "out/ppo": ""}}]}), encoding="utf-8")
     return tmp_path
 
@@ -63,14 +70,17 @@ def test_the_page_is_whole_loads_nothing_and_shows_replies_as_text(out):
     reader.feed(page(out, "nowhere"))
     assert reader.open == [] and reader.loads == []
     text = " ".join(reader.text)
-    assert "Tell </figure> <script>alert(1)</script> 故事" in text and "<img src=x>" in text and "(nothing)" in text
-    for words in ("Pretraining", "Reward model", "Was it worth it?", "bits_per_byte_en", "gate is passed", "best of n: gold"):
+    assert ("Tell </figure> <script>alert(1)</script> 故事" in text and "<img src=x>" in text
+            and "(nothing)" in text)
+    for words in ("Pretraining", "Reward model", "Was it worth it?", "bits_per_byte_en", "gate is passed",
+                  "best of n: gold"):
         assert words in text, words
 
 
 def test_a_chain_that_has_only_begun_has_a_page(out):
     pytest.importorskip("matplotlib")
-    for name in ("sft/log.jsonl", "reward/log.jsonl", "reward/report.json", "ppo/log.jsonl", "evaluation.json"):
+    for name in ("sft/log.jsonl", "reward/log.jsonl", "reward/report.json", "ppo/log.jsonl",
+                 "evaluation.json"):
         (out / name).unlink()
     assert "Pretraining" in page(out, "nowhere") and "PPO" not in terminal_table(out, "nowhere")
     (out / "pretrain" / "log.jsonl").unlink()
@@ -86,7 +96,8 @@ def test_a_drawing_has_the_page_s_colours_and_the_data(out):
 
 
 def test_numbers_stand_beside_where_they_usually_are(out, tmp_path, capsys):
-    (tmp_path / "sft.json").write_text(json.dumps({"val_loss": [0.9, 1.0, 1.1], "val_accuracy": [0.8, 0.85, 0.9]}))
+    (tmp_path / "sft.json").write_text(json.dumps({"val_loss": [0.9, 1.0, 1.1],
+                                                   "val_accuracy": [0.8, 0.85, 0.9]}))
     assert reached(out, "sft") == {"val_loss": 1.0, "val_accuracy": 0.7}
     lines = check("sft", out, tmp_path)
     assert "as expected: 0.9 to 1.1" in lines[0] and "NOT AS EXPECTED: 0.8 to 0.9" in lines[1]

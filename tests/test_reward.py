@@ -325,15 +325,17 @@ def test_each_reply_is_read_once_and_pairs_of_it_are_one_prompt(ready, tmp_path)
 
 
 def test_people_s_ratings_train_as_they_are(ready, tmp_path):
-    """ratings.jsonl, as the Rate page writes it, gives what feedback.py collect makes of it, and a whole run."""
+    """ratings.jsonl of the Rate page gives what feedback.py collect makes of it, and a whole run."""
     samples = [{"id": f"s{i}", "messages": [{"role": "user", "content": f"Say {i}."}],
-                "replies": [{"id": f"r{j}", "text": f"{word} {i}"} for j, word in enumerate(("yes", "no", "so"))]}
+                "replies": [{"id": f"r{j}", "text": f"{word} {i}"}
+                            for j, word in enumerate(("yes", "no", "so"))]}
                for i in range(40)]
     for i, found in enumerate(samples):
         marks = {f"r{j}": dict.fromkeys(ASPECTS, 5 - j) for j in range(3)}
         for name in "ada", "bo":
             append(tmp_path / "people.jsonl", {"sample": found["id"], "annotator": name, **[
-                {"kind": "ranking", "ranking": [["r0"], ["r2", "r1"]]}, {"kind": "choice", "ranking": [["r1"], ["r0"]]},
+                {"kind": "ranking", "ranking": [["r0"], ["r2", "r1"]]},
+                {"kind": "choice", "ranking": [["r1"], ["r0"]]},
                 {"kind": "rubric", "scores": marks}][i % 3]})
     write(tmp_path / "samples.jsonl", samples)
     config = config_of(ready, tmp_path / "run", data="", ratings=str(tmp_path / "people.jsonl"),
@@ -341,8 +343,10 @@ def test_people_s_ratings_train_as_they_are(ready, tmp_path):
     model_config, tokenizer = checkpoint.source(config)
     found = reward.open_data(config, model_config, tokenizer, Ranks())[0]
     for form in "rankings", "scores":
-        collect(CollectConfig(config.normalize_on, config.ratings, form=form, out=str(tmp_path / f"{form}.jsonl")))
-    by_file = reward.read_prompts(f"{tmp_path}/rankings.jsonl,{tmp_path}/scores.jsonl", tokenizer, 128, config, str)
+        collect(CollectConfig(config.normalize_on, config.ratings, form=form,
+                              out=str(tmp_path / f"{form}.jsonl")))
+    by_file = reward.read_prompts(f"{tmp_path}/rankings.jsonl,{tmp_path}/scores.jsonl", tokenizer, 128,
+                                  config, str)
     direct = {tuple(map(tuple, p.ids)): p for p in found["train"] + found["val"]}
     assert len(direct) == len(by_file) == 40
     for prompt in by_file.values():
@@ -350,7 +354,8 @@ def test_people_s_ratings_train_as_they_are(ready, tmp_path):
         assert set(same.pairs()) == set(prompt.pairs()) and same.scores == prompt.scores
     assert len(found["normal"]) == 120
     train(config, Ranks())
-    for name, words in (("none.jsonl", "no such file"), ("samples.jsonl", "samples.jsonl:1: a rating has no 'sample'")):
+    for name, words in (("none.jsonl", "no such file"),
+                        ("samples.jsonl", "samples.jsonl:1: a rating has no 'sample'")):
         with pytest.raises(UserError, match=words):
             train(replace(config, ratings=str(tmp_path / name), out_dir=str(tmp_path / "bad")), Ranks())
 
@@ -414,7 +419,8 @@ def test_a_bad_record_is_one_line_with_its_place(ready, tmp_path, record, wrong)
 
 
 def test_nothing_to_judge_by_is_said_before_training(ready, tmp_path):
-    val = write(tmp_path / "val.jsonl", [{"prompt": "x", "outputs": [{"response": w, "rank": 1} for w in "ab"]}])
+    val = write(tmp_path / "val.jsonl",
+                [{"prompt": "x", "outputs": [{"response": w, "rank": 1} for w in "ab"]}])
     pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "x", "chosen": "a", "rejected": "b"}])
     marks = write(tmp_path / "marks.jsonl", [{"text": f"so {i}", "score": i} for i in range(9)])
     for changes in dict(val_data=val), dict(data=marks, val_data=pairs, pair_coef=0.0, score_coef=1.0):

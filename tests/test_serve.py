@@ -1,4 +1,7 @@
-"""The server with OpenAI's own client: equal to the model alone, in batches of many, streamed, stopped, refused, recorded."""
+"""The server with OpenAI's own client.
+
+Equal to the model alone, in batches of many, streamed, stopped, refused, recorded.
+"""
 
 import asyncio
 import json
@@ -29,7 +32,8 @@ TEXT = "猫说：你好！ The cat 🐈 said hello to the dog, and the dog said 
 
 def test_rows_that_join_and_leave_are_the_rows_alone():
     model, rng = small_model(), random.Random(0)
-    options = [Sampling(0.0), Sampling(), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8, repetition_penalty=1.2)]
+    options = [Sampling(0.0), Sampling(), Sampling(0.7, top_k=5),
+               Sampling(1.3, top_p=0.8, repetition_penalty=1.2)]
     rows = [Row(prompt, rng.randint(1, 25), seed, options[seed % 4], frozenset({3}))
             for seed, prompt in enumerate(ragged(24))]
     waiting, engine = list(rows), Engine(model)
@@ -38,7 +42,8 @@ def test_rows_that_join_and_leave_are_the_rows_alone():
             engine.add(waiting.pop(0))
         engine.step()
     for row in rows:
-        alone = generate(model, [row.prompt], row.room, stop_ids=[3], seeds=[row.seed], **row.sampling.options())
+        alone = generate(model, [row.prompt], row.room, stop_ids=[3], seeds=[row.seed],
+                         **row.sampling.options())
         assert [row.ids] == alone
 
 
@@ -96,15 +101,17 @@ def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("serve")
     tokenizer = Tokenizer.train([TEXT], 320)
     torch.manual_seed(1)
-    shape = ModelConfig(vocab_size=tokenizer.vocab_size, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48,
-                        max_seq_len=160, tie_embeddings=False)
-    for name, model in ("one", LanguageModel(shape)), ("two", LanguageModel(shape)), ("judge", ScalarModel(shape)):
+    shape = ModelConfig(vocab_size=tokenizer.vocab_size, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2,
+                        d_ff=48, max_seq_len=160, tie_embeddings=False)
+    for name, model in (("one", LanguageModel(shape)), ("two", LanguageModel(shape)),
+                        ("judge", ScalarModel(shape))):
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(8.0 if weight.ndim == 2 else 1.0)
         save(out / name, 1, {"stage": name, "config": vars(shape)}, model.state_dict(), {}, tokenizer)
     samples = [{"id": f"s{i}", "messages": [{"role": "user", "content": f"Say {i} <b>你好</b>"}],
-                "replies": [{"id": f"r{k}", "text": f"reply {k} <script>alert({k})</script>"} for k in (1, 2, 3)]}
+                "replies": [{"id": f"r{k}", "text": f"reply {k} <script>alert({k})</script>"}
+                            for k in (1, 2, 3)]}
                for i in range(3)]
     (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples), encoding="utf-8")
     return out
@@ -153,15 +160,18 @@ def alone(out, name, text, **options):
     from checkpoint import load_model
     model, tokenizer, _ = load_model(out / name)
     stops = (tokenizer.im_end_id, tokenizer.eot_id)
-    ids = generate(model, [tokenizer.encode_chat(ask(text), add_generation_prompt=True)[0]], stop_ids=stops, **options)[0]
+    ids = generate(model, [tokenizer.encode_chat(ask(text), add_generation_prompt=True)[0]],
+                   stop_ids=stops, **options)[0]
     return tokenizer.decode([id for id in ids if id not in stops]), "stop" if ids[-1] in stops else "length"
 
 
 def test_a_greedy_reply_is_the_model_s(out, client):
     for name in "one", "two":
-        found = client.chat.completions.create(model=name, messages=ask("hello 猫"), temperature=0, max_tokens=30)
+        found = client.chat.completions.create(model=name, messages=ask("hello 猫"), temperature=0,
+                                               max_tokens=30)
         choice = found.choices[0]
-        assert (choice.message.content, choice.finish_reason) == alone(out, name, "hello 猫", max_new_tokens=30, temperature=0)
+        assert (choice.message.content, choice.finish_reason) == alone(out, name, "hello 猫",
+                                                                       max_new_tokens=30, temperature=0)
         assert found.model == name and choice.message.role == "assistant"
         assert found.usage.completion_tokens == 30 or choice.finish_reason == "stop"
         assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
@@ -171,7 +181,8 @@ def test_a_stream_is_the_whole_reply_in_whole_characters(client):
     options = dict(model="one", messages=ask("猫🐈"), seed=3, max_tokens=60, n=2)
     whole = client.chat.completions.create(**options)
     texts, reasons, usage = ["", ""], [None, None], None
-    for chunk in client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}):
+    for chunk in client.chat.completions.create(**options, stream=True,
+                                                stream_options={"include_usage": True}):
         usage = chunk.usage or usage
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
@@ -183,7 +194,8 @@ def test_a_stream_is_the_whole_reply_in_whole_characters(client):
 
 def test_a_seed_makes_the_reply_and_none_makes_it_new(client):
     def say(**options):
-        return client.chat.completions.create(model="one", messages=ask("hello"), max_tokens=20, **options).choices[0]
+        return client.chat.completions.create(model="one", messages=ask("hello"), max_tokens=20,
+                                              **options).choices[0]
     assert say(seed=5).message.content == say(seed=5).message.content != say(seed=6).message.content
     assert len({say().message.content for _ in range(3)}) == 3
 
@@ -199,28 +211,32 @@ def test_stop_strings_end_a_reply_and_are_not_in_it(client):
 
 
 def test_logprobs_are_there_for_every_token(client):
-    options = dict(model="one", messages=ask("hello"), temperature=0, max_tokens=12, logprobs=True, top_logprobs=3)
+    options = dict(model="one", messages=ask("hello"), temperature=0, max_tokens=12, logprobs=True,
+                   top_logprobs=3)
     choice = client.chat.completions.create(**options).choices[0]
     entries = choice.logprobs.content
     assert b"".join(bytes(e.bytes) for e in entries).decode(errors="replace") == choice.message.content
     for entry in entries:
         assert entry.top_logprobs[0].logprob == pytest.approx(entry.logprob) and len(entry.top_logprobs) == 3
         assert entry.logprob < 0
-    streamed = [e for chunk in client.chat.completions.create(**options, stream=True) for c in chunk.choices if c.logprobs
-                for e in c.logprobs.content]
+    streamed = [e for chunk in client.chat.completions.create(**options, stream=True)
+                for c in chunk.choices if c.logprobs for e in c.logprobs.content]
     assert [e.token for e in streamed] == [e.token for e in entries]
 
 
 def test_completions_continue_texts(out, client):
     from checkpoint import load_model
     model, tokenizer, _ = load_model(out / "two")
-    found = client.completions.create(model="two", prompt=["The cat", "你"], temperature=0, max_tokens=8, logprobs=2)
+    found = client.completions.create(model="two", prompt=["The cat", "你"], temperature=0, max_tokens=8,
+                                      logprobs=2)
     for text, choice in zip(("The cat", "你"), found.choices):
         ids = generate(model, [[tokenizer.eot_id, *tokenizer.encode(text)]], 8, temperature=0,
                        stop_ids=(tokenizer.im_end_id, tokenizer.eot_id))[0]
         assert choice.text == tokenizer.decode([i for i in ids if i < tokenizer.eot_id])
-        assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == len(choice.logprobs.text_offset)
-    streamed = client.completions.create(model="two", prompt="The cat", temperature=0, max_tokens=8, stream=True)
+        assert (len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs)
+                == len(choice.logprobs.text_offset))
+    streamed = client.completions.create(model="two", prompt="The cat", temperature=0, max_tokens=8,
+                                         stream=True)
     assert "".join(c.text for chunk in streamed for c in chunk.choices) == found.choices[0].text
 
 
@@ -237,7 +253,8 @@ def test_many_at_once_are_each_as_alone(out, address, n):
     texts = [f"{'cat dog hello'.split()[i % 3]} {i}" for i in range(n)]
 
     async def all_of_them(**options):
-        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0,
+                                      timeout=300) as client:
             found = await asyncio.gather(*(client.chat.completions.create(
                 model="one", messages=ask(text), max_tokens=16, **options) for text in texts))
         return [f.choices[0].message.content for f in found]
@@ -254,7 +271,8 @@ def test_many_at_once_are_each_as_alone(out, address, n):
 @pytest.mark.parametrize("change, status, words", [
     (dict(model="three"), 404, "model 'three' is not here"),
     (dict(model=["one"]), 404, "is not here"), (dict(messages=[]), 400, "messages must be"),
-    (dict(messages=[{"role": "user", "content": [5]}]), 400, "only text"), (dict(messages=[7]), 400, "messages"),
+    (dict(messages=[{"role": "user", "content": [5]}]), 400, "only text"),
+    (dict(messages=[7]), 400, "messages"),
     (dict(messages=[{"role": "user", "content": None}]), 400, "not text"),
     (dict(messages=[{"role": "user"}]), 400, "content"),
     (dict(messages="hi"), 400, "messages must be"),
@@ -264,16 +282,20 @@ def test_many_at_once_are_each_as_alone(out, address, n):
     (dict(messages=[{"role": "user", "content": "cat " * 400}]), 400, "context is 160"),
     (dict(temperature=-1), 400, "temperature -1"), (dict(temperature=3), 400, "temperature 3"),
     (dict(temperature="hot"), 400, "temperature 'hot'"), (dict(temperature=1e-9), 400, "temperature"),
-    (dict(top_p=0), 400, "top_p"), (dict(top_p=2), 400, "top_p 2"), (dict(n=0), 400, "n 0"), (dict(n=1.5), 400, "n 1.5"),
+    (dict(top_p=0), 400, "top_p"), (dict(top_p=2), 400, "top_p 2"),
+    (dict(n=0), 400, "n 0"), (dict(n=1.5), 400, "n 1.5"),
     (dict(n=17), 400, "n 17"), (dict(max_tokens=0), 400, "max_tokens 0"), (dict(seed="x"), 400, "seed 'x'"),
     (dict(stop=["a"] * 5), 400, "stop"), (dict(stop=[""]), 400, "stop"), (dict(stop=5), 400, "stop"),
-    (dict(logprobs="yes"), 400, "logprobs 'yes'"), (dict(logprobs=True, top_logprobs=21), 400, "top_logprobs 21"),
+    (dict(logprobs="yes"), 400, "logprobs 'yes'"),
+    (dict(logprobs=True, top_logprobs=21), 400, "top_logprobs 21"),
     (dict(stream=1), 400, "stream 1"), (dict(tools=[{"type": "function"}]), 400, "tools is not supported"),
-    (dict(presence_penalty=0.5), 400, "presence_penalty"), (dict(repetition_penalty=0), 400, "repetition_penalty"),
+    (dict(presence_penalty=0.5), 400, "presence_penalty"),
+    (dict(repetition_penalty=0), 400, "repetition_penalty"),
 ])
 def test_bad_requests_are_refused_in_one_line(address, change, status, words):
     import httpx
-    answer = httpx.post(f"{address}/v1/chat/completions", json={"messages": ask("hi"), "max_tokens": 4, **change})
+    answer = httpx.post(f"{address}/v1/chat/completions",
+                        json={"messages": ask("hi"), "max_tokens": 4, **change})
     error = answer.json()["error"]
     assert answer.status_code == status and words in error["message"] and "\n" not in error["message"]
 
@@ -282,8 +304,8 @@ def test_bad_bodies_and_paths_are_refused(address):
     import httpx
     url = f"{address}/v1/chat/completions"
     json_type = {"content-type": "application/json"}
-    for content, headers, status in ((b"{", json_type, 400), (b"[]", json_type, 400), (b"\xff", json_type, 400),
-                                     (b"{}", {"content-type": "text/plain"}, 415),
+    for content, headers, status in ((b"{", json_type, 400), (b"[]", json_type, 400),
+                                     (b"\xff", json_type, 400), (b"{}", {"content-type": "text/plain"}, 415),
                                      (b"[" * 100_000, json_type, 400), (b" " * (1 << 21), json_type, 413)):
         answer = httpx.post(url, content=content, headers=headers)
         assert answer.status_code == status and answer.json()["error"]["message"]
@@ -351,7 +373,8 @@ def test_a_score_is_the_reward_model_s(out, address):
     model, tokenizer, _ = load_model(out / "judge")
     found = httpx.post(f"{address}/score", json={"messages": ask("hi"), "reply": "hello"}).json()["score"]
     prompt = tokenizer.encode_chat(ask("hi"), add_generation_prompt=True)[0]
-    assert found == pytest.approx(score_replies(model, [prompt], [tokenizer.encode("hello")], tokenizer.im_end_id).item())
+    assert found == pytest.approx(score_replies(model, [prompt], [tokenizer.encode("hello")],
+                                                tokenizer.im_end_id).item())
 
 
 # ---- what people think
@@ -360,13 +383,16 @@ def test_thumbs_land_once_and_train(out, tmp_path):
     import httpx
     with serving(out, thumbs=str(tmp_path / "thumbs.jsonl")) as address:
         for reply, thumb in ("good", 1), ("bad", -1):
-            body = {"messages": ask("hi"), "reply": reply, "model": "one", "thumb": thumb, "nonce": f"{reply}"}
+            body = {"messages": ask("hi"), "reply": reply, "model": "one", "thumb": thumb,
+                    "nonce": f"{reply}"}
             for _ in range(3):
                 assert httpx.post(f"{address}/thumbs", json=body).status_code == 200
-        for bad in {"thumb": 2}, {"thumb": 1, "messages": ask("hi")}, {"messages": [], "reply": "x", "thumb": 1}:
+        for bad in ({"thumb": 2}, {"thumb": 1, "messages": ask("hi")},
+                    {"messages": [], "reply": "x", "thumb": 1}):
             assert httpx.post(f"{address}/thumbs", json=bad).status_code == 400
     assert len((tmp_path / "thumbs.jsonl").read_text().splitlines()) == 2
-    collect(CollectConfig(thumbs=str(tmp_path / "thumbs.jsonl"), out=str(tmp_path / "pairs.jsonl"), form="pairs"))
+    collect(CollectConfig(thumbs=str(tmp_path / "thumbs.jsonl"), out=str(tmp_path / "pairs.jsonl"),
+                          form="pairs"))
     assert [r["chosen"] for _, r in read_records(str(tmp_path / "pairs.jsonl"))] == ["good"]
 
 
@@ -378,8 +404,8 @@ def test_two_raters_judge_everything_and_it_trains(out, tmp_path):
         with httpx.Client(base_url=address) as http:
             left = http.get("/rate/samples", params={"annotator": name}).json()["samples"]
             for sample in left:
-                body = {"sample": sample["id"], "annotator": name, "kind": "ranking", "nonce": name + sample["id"],
-                        "ranking": [[r["id"]] for r in sample["replies"]]}
+                body = {"sample": sample["id"], "annotator": name, "kind": "ranking",
+                        "nonce": name + sample["id"], "ranking": [[r["id"]] for r in sample["replies"]]}
                 assert http.post("/rate/ratings", json=body).status_code == 200
                 assert http.post("/rate/ratings", json=body).status_code == 200
 
@@ -391,20 +417,23 @@ def test_two_raters_judge_everything_and_it_trains(out, tmp_path):
             rater.join()
         left = httpx.get(f"{address}/rate/samples", params={"annotator": "ada"}).json()
         assert (left["done"], left["total"], left["samples"]) == (3, 3, [])
-        for bad in ({"annotator": "ada"}, {"sample": "s9", "annotator": "a", "kind": "ranking", "ranking": []},
+        for bad in ({"annotator": "ada"},
+                    {"sample": "s9", "annotator": "a", "kind": "ranking", "ranking": []},
                     {"sample": "s0", "annotator": " ", "kind": "choice", "ranking": [["r1"], ["r2"]]}):
             assert httpx.post(f"{address}/rate/ratings", json=bad).status_code == 400
         for name in "", "simulated-1":
             assert httpx.get(f"{address}/rate/samples", params={"annotator": name}).status_code == 400
     lines = [json.loads(line) for line in ratings.read_text().splitlines()]
-    assert sorted((r["annotator"], r["sample"]) for r in lines) == [(a, f"s{i}") for a in ("ada", "bo") for i in range(3)]
-    collect(CollectConfig(samples=str(out / "samples.jsonl"), ratings=str(ratings), out=str(tmp_path / "rankings.jsonl")))
+    assert sorted((r["annotator"], r["sample"]) for r in lines) == [
+        (a, f"s{i}") for a in ("ada", "bo") for i in range(3)]
+    collect(CollectConfig(samples=str(out / "samples.jsonl"), ratings=str(ratings),
+                          out=str(tmp_path / "rankings.jsonl")))
     assert len(list(read_records(str(tmp_path / "rankings.jsonl")))) >= 3
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(models=""), "--models is empty"), (dict(models="nowhere"), "nowhere"), (dict(port=99999), "port 99999"),
-    (dict(host="256.0.0.1"), "cannot listen on 256.0.0.1"),
+    (dict(models=""), "--models is empty"), (dict(models="nowhere"), "nowhere"),
+    (dict(port=99999), "port 99999"), (dict(host="256.0.0.1"), "cannot listen on 256.0.0.1"),
 ])
 def test_a_server_that_cannot_start_says_why(out, changes, words):
     with pytest.raises(UserError, match=words):

@@ -24,8 +24,9 @@ def ready(tmp_path_factory):
 
 
 def config_of(ready, out_dir, **changes):
-    return SFTConfig(**PRESETS["smoke"] | dict(data=ready.data, init_from=ready.init_from, out_dir=str(out_dir),
-                                               samples=0, dtype="fp32", device="cpu") | changes)
+    return SFTConfig(**PRESETS["smoke"] | dict(data=ready.data, init_from=ready.init_from,
+                                               out_dir=str(out_dir), samples=0, dtype="fp32",
+                                               device="cpu") | changes)
 
 
 def losses(out_dir):
@@ -83,8 +84,8 @@ def test_both_ways_to_the_loss_agree(ready, tmp_path):
     """Records that all weigh 1 take the chunked loss, those that all weigh 2 the logits: the same mean."""
     records = [json.loads(line) for line in Path(ready.data).read_text(encoding="utf-8").splitlines()]
     doubled = tmp_path / "doubled.jsonl"
-    doubled.write_text("".join(json.dumps(({"messages": r} if isinstance(r, list) else r) | {"weight": 2}) + "\n"
-                               for r in records))
+    doubled.write_text("".join(
+        json.dumps(({"messages": r} if isinstance(r, list) else r) | {"weight": 2}) + "\n" for r in records))
     for name, data in ("plain", ready.data), ("doubled", str(doubled)):
         train(config_of(ready, tmp_path / name, max_steps=3, data=data), Ranks())
     assert losses(tmp_path / "doubled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
@@ -131,14 +132,15 @@ def test_two_ranks_train_as_one(ready, tmp_path):
 
 def test_epochs_decide_steps_and_saving(ready, tmp_path):
     some = tmp_path / "some.jsonl"
-    some.write_text("".join(Path(ready.data).read_text(encoding="utf-8").splitlines(True)[:22]), encoding="utf-8")
+    some.write_text("".join(Path(ready.data).read_text(encoding="utf-8").splitlines(True)[:22]),
+                    encoding="utf-8")
     config = config_of(ready, tmp_path / "run", data=str(some), val_data=str(some), epochs=3, by_epoch=True,
                        packing=False, batch_size=8)
     train(config, Ranks())
     steps = sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
-    assert steps[-2:] == [6, 9] and len(losses(tmp_path / "run")) == 9              # 22 / 8 is about 3
+    assert steps[-2:] == [6, 9] and len(losses(tmp_path / "run")) == 9          # 22 / 8 is about 3
     assert checkpoint.read_config(tmp_path / "run/checkpoints/00000009")["config"]["d_model"] == 64
-    train(replace(config, max_steps=11, resume=True, init_from=""), Ranks())        # the flag beats the epochs
+    train(replace(config, max_steps=11, resume=True, init_from=""), Ranks())    # the flag beats the epochs
     assert len(losses(tmp_path / "run")) == 11
 
 
@@ -159,7 +161,8 @@ def test_show_marks_what_is_learnt(ready, capsys):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(init_from=""), "--init_from is missing"), (dict(init_from="nowhere"), "nowhere"),
-    (dict(val_share=0.0), "val_share 0.0"), (dict(val_share=1.0), "val_share 1.0"), (dict(data="nothing.jsonl"), "no such file"),
+    (dict(val_share=0.0), "val_share 0.0"), (dict(val_share=1.0), "val_share 1.0"),
+    (dict(data="nothing.jsonl"), "no such file"),
     (dict(label_weights="happy"), "label_weights 'happy'"), (dict(label_weights="happy=-1"), "happy=-1"),
     (dict(label_weights="=2"), "label_weights '=2'"), (dict(teacher_coef=0.5), "without --teacher"),
     (dict(teacher_coef=-1.0), "teacher_coef"), (dict(label_smoothing=1.0), "label_smoothing 1.0"),

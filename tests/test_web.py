@@ -1,4 +1,7 @@
-"""The pages in headless Chromium: whole characters, ratings once, two raters, keyboard only, hostile text shown as text."""
+"""The pages in headless Chromium.
+
+Whole characters, ratings once, two raters, keyboard only, hostile text shown as text.
+"""
 
 import importlib
 import json
@@ -13,7 +16,8 @@ from test_serve import out, serving    # noqa: F401, the fixture too
 
 expect = pytest.importorskip("playwright.sync_api").expect
 SHOTS = os.environ.get("SHOTS")         # a folder: the screens are kept there, to be looked at
-HOSTILE = ["<img src=x onerror=alert(1)>", "<script>alert(1)</script>", "</textarea>&amp;\u202e\x07\x1b[31m", "🐈‍⬛é中" * 4]
+HOSTILE = ["<img src=x onerror=alert(1)>", "<script>alert(1)</script>",
+           "</textarea>&amp;\u202e\x07\x1b[31m", "🐈‍⬛é中" * 4]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,8 @@ def say(page, text, settings=()):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return ([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists()
+            else [])
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -92,9 +97,10 @@ def test_streamed_text_is_whole_at_every_moment(browser, out):
     """A watcher notes every state of the reply: none has half a character, each continues the one before."""
     with serving(out) as address:
         page = page_at(browser, address)
-        page.evaluate("""() => { window.seen = []; new MutationObserver(() => { const last = [...document.querySelectorAll(
-            '.turn.assistant .text')].at(-1); if (last) window.seen.push(last.textContent); }).observe(document.body,
-            {subtree: true, childList: true, characterData: true}); }""")
+        page.evaluate("""() => { window.seen = []; new MutationObserver(() => {
+                const last = [...document.querySelectorAll('.turn.assistant .text')].at(-1);
+                if (last) window.seen.push(last.textContent);
+            }).observe(document.body, {subtree: true, childList: true, characterData: true}); }""")
         for turn in range(3):
             page.evaluate("window.seen = []")
             page.fill("#text", "猫说 🐈")
@@ -119,7 +125,8 @@ def test_a_thumb_lands_once_however_often_it_is_pressed(browser, out, tmp_path):
         expect(page.get_by_label("Bad reply")).to_have_attribute("aria-pressed", "true")
         found = lines(tmp_path / "thumbs.jsonl")
         assert [r["thumb"] for r in found] == [1, -1]
-        assert found[0]["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+        assert found[0]["messages"] == [{"role": "system", "content": "Be brief."},
+                                        {"role": "user", "content": "hello"}]
         assert found[0]["reply"] == page.locator(".turn.assistant .text").text_content() and page.faults == []
 
 
@@ -152,7 +159,8 @@ def test_ranking_with_the_keyboard_alone_lands_once_and_can_be_undone(browser, o
         shown = page.locator("#replies li .text").all_text_contents()
         page.keyboard.type("31=2")
         assert page.locator("#order").text_content() == "3 > 1 = 2"
-        page.evaluate("for (let i = 0; i < 3; i++) document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true}))")
+        page.evaluate("for (let i = 0; i < 3; i++) document.body.dispatchEvent("
+                      "new KeyboardEvent('keydown', {key: 'Enter', bubbles: true}))")
         page.get_by_text("1 / 3").wait_for()
         page.keyboard.press("u")
         page.keyboard.type("2")
@@ -165,7 +173,8 @@ def test_ranking_with_the_keyboard_alone_lands_once_and_can_be_undone(browser, o
         assert "Rank all" in page.locator("#note").text_content()
         found, ids = lines(tmp_path / "r.jsonl"), [f"r{text.split()[1]}" for text in shown]
         assert [r["ranking"] for r in found] == [[[ids[2]], [ids[0], ids[1]]], [[ids[0]], [ids[1]], [ids[2]]]]
-        assert {r["annotator"] for r in found} == {"ada"} and {r["sample"] for r in found} == {"s0"} and page.faults == []
+        assert ({r["annotator"] for r in found} == {"ada"} and {r["sample"] for r in found} == {"s0"}
+                and page.faults == [])
 
 
 def test_two_raters_at_once_by_choice_and_marks(browser, out, tmp_path):
@@ -192,14 +201,16 @@ def test_two_raters_at_once_by_choice_and_marks(browser, out, tmp_path):
             page.get_by_text("Everything is judged").wait_for()
             assert page.faults == []
     found = lines(tmp_path / "r.jsonl")
-    assert sorted((r["annotator"], r["sample"]) for r in found) == [(a, f"s{i}") for a in ("ada", "bo") for i in range(3)]
+    assert sorted((r["annotator"], r["sample"]) for r in found) == [
+        (a, f"s{i}") for a in ("ada", "bo") for i in range(3)]
     assert all(len(r["scores"]) == 3 for r in found if r["kind"] == "rubric")
 
 
 def test_the_pages_speak_chinese_and_fit_a_phone(browser, out):
     with serving(out) as address:
         for name in "", "compare.html", "rate.html":
-            page = page_at(browser, f"{address}/{name}", viewport={"width": 360, "height": 740}, color_scheme="dark")
+            page = page_at(browser, f"{address}/{name}", viewport={"width": 360, "height": 740},
+                           color_scheme="dark")
             page.locator("header button").click()
             assert page.evaluate("document.documentElement.lang") == "zh"
             assert page.locator("header a[aria-current]").text_content() in ("聊天", "比较", "评分")
