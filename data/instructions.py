@@ -80,7 +80,7 @@ def make_request(draw, task, language, split):
     elif task == "translate":
         request |= {"sources": tell(facts, said, draw, "summary")[0]}
     elif task in ("what", "why"):
-        request |= {"sources": tell(facts, language, draw, "want" if task == "what" else "short")[0]}
+        request |= {"sources": tell(facts, language, draw, "text.what" if task == "what" else "short")[0]}
     elif task == "mood":
         request |= {"sources": tell(facts, language, draw, "text.mood")[0]}
     elif task == "about":

@@ -8,7 +8,7 @@ import pytest
 from records import to_messages
 from cli import UserError
 from data.instructions import SHARES, InstructionsConfig, example, plan, write_files
-from data.rules import LANGUAGES
+from data.rules import LANGUAGES, load
 from data.world import split_of
 
 FORMATS = {"tale": {"instruction", "output"}, "summary": {"instruction", "input", "output"},
@@ -49,6 +49,18 @@ def test_every_file_is_there(written):
                for r in written["eval_val.jsonl"])
     for record in written["eval_val.jsonl"]:
         assert record["messages"][-1]["role"] == "user" and all(record["references"])
+
+
+@pytest.mark.parametrize("task", ["who", "where", "what", "list", "summary"])
+def test_what_an_answer_names_stands_in_the_text(task):
+    """Else nobody could know it, and a model would learn to make things up."""
+    for language in LANGUAGES:
+        for seed in range(60):
+            found = example(seed, task, language, "train")
+            asked, facts = found.messages[-1]["content"], found.request["facts"]
+            for role in ("hero", "friend", "thing", "place"):
+                name = load().row(role, facts[role])[language][""].removeprefix("the ")
+                assert name in asked or not any(name in said for said in found.references), (asked, name)
 
 
 def test_wishes_stay_out_of_the_training_files(written):
