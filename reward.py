@@ -416,42 +416,55 @@ def interval95(parts, statistic, n_bootstrap):
     return tuple(np.nanpercentile(drawn, [2.5, 97.5]).tolist())
 
 
-def baselines(train, val):
-    """Accuracy on the validation pairs of two judges that read little: {"length", "bag_of_words"}.
+def baselines(train, val, metric="accuracy"):
+    """Two judges that read little, on the validation prompts: {"length", "bag_of_words"}.
 
-    length: whichever of longer and shorter won more often in training. bag_of_words: logistic regression on
-    the difference of the counts of the WORDS most frequent words, with a small L2 penalty.
+    By accuracy on pairs or by Pearson's r with scores. length: longer or shorter, whichever was better in
+    training. bag_of_words: logistic regression on the difference of the counts of the WORDS most frequent
+    words, for scores linear regression on the counts, with a small L2 penalty.
     """
-    def pairs(prompts):
-        return [(p.texts[a], p.texts[b], p.lengths[a] - p.lengths[b]) for p in prompts for a, b in p.pairs()]
-    learn, hold = pairs(train), pairs(val)
+    def judged(prompts):                    # texts that count for and against, their length, the target
+        if metric == "accuracy":
+            return [((p.texts[a], p.texts[b]), p.lengths[a] - p.lengths[b], 1.0)
+                    for p in prompts for a, b in p.pairs()]
+        return [((p.texts[i],), p.lengths[i], score) for p in prompts for i, score in p.scores]
+    learn, hold = judged(train), judged(val)
     if not learn or not hold:
         return {}
-    longer = torch.tensor([float(d) for _, _, d in learn]).sign().sum().sign()
-    differences = torch.tensor([float(d) for _, _, d in hold])
-    counts = Counter(word for a, b, _ in learn for text in (a, b) for word in set(words(text)))
-    index = {word: i for i, (word, _) in enumerate(counts.most_common(WORDS))}
+    count = Counter(word for texts, _, _ in learn for text in texts for word in set(words(text)))
+    index = {word: i for i, (word, _) in enumerate(count.most_common(WORDS))}
 
-    def table(texts):
-        x = torch.zeros(len(texts), len(index))
-        for i, (a, b, _) in enumerate(texts):
-            for text, sign in ((a, 1), (b, -1)):
+    def table(items):
+        x = torch.zeros(len(items), len(index))
+        for row, (texts, _, _) in zip(x, items):
+            for text, sign in zip(texts, (1, -1)):
                 for word, n in Counter(words(text)).items():
                     if word in index:
-                        x[i, index[word]] += sign * n
+                        row[index[word]] += sign * n
         return x
-    x, weight = table(learn), torch.zeros(len(index), requires_grad=True)
+    x, target = table(learn), torch.tensor([float(t) for _, _, t in learn])
+    if metric == "pearson":                 # of neither does the mean matter, of the scores not the unit
+        x, target = x - x.mean(0), (target - target.mean()) / target.std().clamp(min=1e-6)
+    weight = torch.zeros(len(index), requires_grad=True)
     solver = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         solver.zero_grad()
-        loss = -F.logsigmoid(x @ weight).mean() + 1e-3 * (weight ** 2).sum()
+        told = x @ weight
+        losses = -F.logsigmoid(told) if metric == "accuracy" else (told - target) ** 2
+        loss = losses.mean() + 1e-3 * (weight ** 2).sum()
         loss.backward()
         return loss
     solver.step(closure)
-    margins = table(hold) @ weight.detach()
-    return {"length": pairwise_accuracy(differences * longer, -differences * longer),
-            "bag_of_words": pairwise_accuracy(margins, -margins)}
+
+    def quality(told, items):
+        if metric == "accuracy":
+            return pairwise_accuracy(told, -told)
+        return pearson(told.tolist(), [t for _, _, t in items])
+    length = [torch.tensor([float(n) for _, n, _ in items]) for items in (learn, hold)]
+    chance = 0.5 if metric == "accuracy" else 0.0
+    return {"length": quality(length[1] * (1 if quality(length[0], learn) >= chance else -1), hold),
+            "bag_of_words": quality(table(hold) @ weight.detach(), hold)}
 
 
 def normalize(model, texts):
@@ -469,7 +482,7 @@ def conclude(config, found, data, log, ranks):
     chance = 0.5 if metric == "accuracy" else 0.0
     low = found[f"{metric}_interval"][0]
     gate = {"metric": metric, "value": found[metric], "low": low, "passed": bool(low > chance)}
-    plain = baselines(data["train"], data["val"])
+    plain = baselines(data["train"], data["val"], metric)
     found = found | {"baselines": plain, "gate": gate}
     ranks.say(f"held out: {told(found)}")
     for margin, (n, right) in found.get("by_margin", {}).items():
@@ -490,7 +503,7 @@ def verdict(found, gate, plain):
                 f"refuses it.")
     text = (f"verdict: usable. {gate['metric']} {gate['value']:.3f}, at least {gate['low']:.3f} with 95% "
             "confidence.")
-    worse = [name.replace("_", " ") for name, value in plain.items() if value >= found.get("accuracy", 1)]
+    worse = [name.replace("_", " ") for name, value in plain.items() if value >= gate["value"]]
     if worse:
         text += f" But {' and '.join(worse)} alone does as well: it has learnt little below the surface."
     if abs(found["length_correlation"]) > 0.5:

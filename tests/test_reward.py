@@ -370,6 +370,25 @@ def test_baselines_see_length_and_words(ready, tmp_path):
     assert baselines(found, []) == {}
 
 
+def test_baselines_of_scores_are_those_of_ridge_regression():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 3, (400, 6))
+    scores = counts @ [1, -1, 0.5, 0, 0, 0] + rng.normal(0, 1, 400)
+    texts = [" ".join(w for w, n in zip("good bad fine so and then".split(), row) for _ in range(n))
+             for row in counts]
+    found = [reward.Prompt([], [text], [len(text.split())], [], [(0, float(s))])
+             for text, s in zip(texts, scores)]
+    x, y = counts[:300] - counts[:300].mean(0), scores[:300] - scores[:300].mean()
+    y /= y.std(ddof=1)
+    weight = np.linalg.solve(x.T @ x / 300 + 1e-3 * np.eye(6), x.T @ y / 300)
+    lengths = counts.sum(1)
+    sign = np.sign(np.corrcoef(lengths[:300], scores[:300])[0, 1])
+    wanted = {"length": sign * np.corrcoef(lengths[300:], scores[300:])[0, 1],
+              "bag_of_words": np.corrcoef(counts[300:] @ weight, scores[300:])[0, 1]}
+    assert baselines(found[:300], found[300:], "pearson") == pytest.approx(wanted, abs=1e-3)
+    assert wanted["bag_of_words"] > 0.6
+
+
 def test_the_learning_curve_and_scores_of_a_file(ready, tmp_path, capsys):
     reward.main(config_of(ready, tmp_path / "run", curve="20,60", bootstrap=20))
     sizes = [json.loads((tmp_path / f"run/curve/{n}/report.json").read_text())["comparisons"] for n
