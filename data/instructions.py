@@ -55,7 +55,7 @@ def example(seed, task, language, split):
     record = record_of(request, ask, reply)
     messages = to_messages(record)[:-1]
     label = reply if task == "mood" else None
-    n = {"mood": 1, "list": 1, "about": 1, "continue": 1, "tale": 3}.get(task, 12)  # nearly all that are right
+    n = {"mood": 1, "list": 1, "about": 1, "continue": 1, "tale": 3}.get(task, 12)  # nearly all right ones
     references = [perfect(request, draw) for _ in range(n)]
     return Example(f"{split}-{task}-{language}-{seed}", task, language, record, messages, request,
                    list(dict.fromkeys(references)), label)
