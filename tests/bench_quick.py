@@ -53,7 +53,8 @@ class GPT(nn.Module):
         super().__init__()
         layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, 0.0, "gelu", batch_first=True,
                                            norm_first=True, bias=False)
-        self.layers = nn.TransformerEncoder(layer, 4, nn.LayerNorm(WIDTH, bias=False))
+        self.layers = nn.TransformerEncoder(layer, 4, nn.LayerNorm(WIDTH, bias=False),
+                                            enable_nested_tensor=False)
         self.chars, self.positions = nn.Embedding(n_chars, WIDTH), nn.Embedding(T, WIDTH)
         for weight in self.parameters():
             if weight.ndim == 2:
