@@ -188,16 +188,20 @@ class ActorCritic(nn.Module):
         mask. The value of a token is what the prompt and the reply before it promise.
         """
         logits, logprobs = reply_logits(self.policy, ids, starts, mask, temperature)
-        row, t = mask.nonzero(as_tuple=True)
-        values = in_place(self.value_model(ids)[row, starts[row] - 1 + t], mask)
+        values = in_place(self.value_model(ids)[before(starts, mask)], mask)
         return logits, logprobs, values, self.policy(*ptx) if ptx is not None else None
 
 
 def reply_logits(model, ids, starts, mask, temperature):
     """(logits / temperature (N, V), log-probs (B, R), 0 outside the mask) of replies begun at `starts`."""
-    row, t = mask.nonzero(as_tuple=True)
-    logits, logprobs = logprobs_after(model, ids, row, starts[row] - 1 + t, temperature)
+    logits, logprobs = logprobs_after(model, ids, *before(starts, mask), temperature)
     return logits, in_place(logprobs, mask)
+
+
+def before(starts, mask):
+    """Row and place in ids of the token before each token in the mask, (N,) each."""
+    row, t = mask.nonzero(as_tuple=True)
+    return row, starts[row] - 1 + t
 
 
 def in_place(x, mask):
