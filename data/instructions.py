@@ -2,10 +2,11 @@
 
     python -m data.instructions --out_dir DATA
 
-Writes DATA/{sft,eval,prompts}_{train,val}.jsonl, DATA/requests.jsonl, and what is said in sft_train as plain
-text for the tokenizer, DATA/said_train.txt. Everything follows from facts, so right answers are known. Tales
-come from writers who forget, ramble, repeat or break off, so that there is something to prefer; other tasks
-are answered well. Not here: marks for replies (gold.py).
+Writes DATA/{sft,eval,prompts}_{train,val}.jsonl, DATA/lists_train.jsonl (lists alone: a first lesson in
+copying), DATA/requests.jsonl, and what is said in sft_train as plain text for the tokenizer,
+DATA/said_train.txt. Everything follows from facts, so right answers are known. Tales come from writers who
+forget, ramble, repeat or break off, so that there is something to prefer; other tasks are answered well. Not
+here: marks for replies (gold.py).
 """
 
 import json
@@ -19,7 +20,7 @@ from data.rules import LANGUAGES, load
 from data.world import draw_facts, generator, sentences, split_of, tell
 from records import to_messages
 
-SHARES = {"tale": 10, "continue": 2, "summary": 2, "translate": 2, "who": 1, "where": 1, "what": 1, "why": 1,
+SHARES = {"tale": 12, "continue": 1, "summary": 1, "translate": 2, "who": 3, "where": 2, "what": 2, "why": 2,
           "mood": 1, "about": 1, "list": 1, "chat": 1}              # of the SFT examples
 ELEMENTS = {"ht": ["hero", "thing"], "hp": ["hero", "place"], "hf": ["hero", "friend"],
             "htp": ["hero", "thing", "place"], "hft": ["hero", "friend", "thing"]}
@@ -27,8 +28,8 @@ CHATS = "name", "skill", "maker", "greeting", "thanks", "bye", "chinese"
 CHARACTER = "kind", "trait", "home", "likes"
 FACT_NAMES = {"en": dict(zip(CHARACTER, ("kind", "character", "home", "favourite food"))),
               "zh": dict(zip(CHARACTER, ("种类", "性格", "住处", "最爱吃的")))}
-WRITERS = 0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4        # faults that writers make in a tale; each as likely
-FAULTS = "forget", "forget", "ramble", "ramble", "ramble", "repeat", "break off", "stray"
+WRITERS = 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3        # faults that writers make in a tale; each as likely
+FAULTS = "forget", "stray", *["break off"] * 2, *["repeat"] * 6, *["ramble"] * 8
 
 
 class Example(NamedTuple):
@@ -212,7 +213,8 @@ def record_of(request, ask, reply):
 class InstructionsConfig:
     """Write instructions on the story world: SFT records, evaluation examples, prompts, their requests."""
     out_dir: str = option("out/instructions", "directory of the files; they are written over")
-    examples: int = option(12_000, "SFT training records; a tenth as many for validation and for evaluation")
+    examples: int = option(12_000, "SFT training records; a tenth as many, at most 2,400, for validation and "
+                                   "for evaluation")
     prompts: int = option(3_000, "prompts for RLHF; 4 in 10 as many for validation, at least 1,000 if "
                                  "they are that many")
     seed: int = option(0, "number of the first example")
@@ -235,9 +237,11 @@ def write_files(config):
     out_dir, counts, requests, said = Path(config.out_dir), {}, {}, []
     out_dir.mkdir(parents=True, exist_ok=True)
     prompt_shares = {"tale": 8, "who": 1, "why": 1}
-    sizes = {("sft", "train"): (config.examples, SHARES), ("sft", "val"): (config.examples // 10, SHARES),
-             ("eval", "train"): (config.examples // 10, dict.fromkeys(SHARES, 1)),
-             ("eval", "val"): (config.examples // 10, dict.fromkeys(SHARES, 1)),
+    few = min(config.examples // 10, 2_400)
+    sizes = {("sft", "train"): (config.examples, SHARES), ("sft", "val"): (few, SHARES),
+             ("eval", "train"): (few, dict.fromkeys(SHARES, 1)),
+             ("eval", "val"): (few, dict.fromkeys(SHARES, 1)),
+             ("lists", "train"): (config.examples // 15 + 1, {"list": 1}),
              ("prompts", "train"): (config.prompts, prompt_shares),
              ("prompts", "val"): (max(config.prompts * 4 // 10, min(1_000, config.prompts)), prompt_shares)}
     start = config.seed
@@ -247,9 +251,9 @@ def write_files(config):
             for i, (task, language) in enumerate(plan(n, shares)):
                 found = example(start + i, task, language, split)
                 records.append(record_for(kind, found))
-                if kind != "sft":
+                if kind in ("eval", "prompts"):
                     requests[found.id] = found.request
-                elif split == "train":
+                elif (kind, split) == ("sft", "train"):
                     said += [message["content"] for message in to_messages(found.record)]
                 bar.update()
             start += n                                              # no example is in two files
@@ -264,7 +268,7 @@ def write_files(config):
 
 def record_for(kind, found):
     """What one example is in a file of that kind."""
-    if kind == "sft":
+    if kind in ("sft", "lists"):
         return found.record
     if kind == "prompts":
         return {"id": found.id, "messages": found.messages}

@@ -38,7 +38,8 @@ def test_what_is_said_is_there_as_text(written):
 
 def test_every_file_is_there(written):
     assert sorted(written) == sorted([f"{kind}_{split}.jsonl" for kind in ("sft", "eval", "prompts")
-                                      for split in ("train", "val")] + ["requests.jsonl", "said_train.txt"])
+                                      for split in ("train", "val")]
+                                     + ["lists_train.jsonl", "requests.jsonl", "said_train.txt"])
     assert len(written["sft_train.jsonl"]) == 220 and len(written["prompts_train.jsonl"]) == 40
     ids = [r["id"] for r in written["requests.jsonl"]]
     assert len(set(ids)) == len(ids)
@@ -47,6 +48,8 @@ def test_every_file_is_there(written):
     assert all(set(r) == {"id", "messages"} for r in written["prompts_val.jsonl"])
     assert all(set(r) == {"id", "task", "language", "messages", "references", "labels"}
                for r in written["eval_val.jsonl"])
+    assert len(written["lists_train.jsonl"]) == 15
+    assert all(isinstance(r["output"], list) for r in written["lists_train.jsonl"])
     for record in written["eval_val.jsonl"]:
         assert record["messages"][-1]["role"] == "user" and all(record["references"])
 
