@@ -45,6 +45,7 @@ ifeq ($(SIZE),results)
 MEGABYTES ?= 40
 PROMPTS ?= 6000
 REPLIES ?= 2
+TOKENS ?= 64
 JUDGED ?= 1000
 EXAMPLES ?= 150000
 BEST_OF ?= 16
@@ -54,6 +55,7 @@ MEGABYTES ?= 4
 VOCAB ?= 4096
 PROMPTS ?= 600
 REPLIES ?= 4
+TOKENS ?= 48
 JUDGED ?= 200
 EXAMPLES ?= 12000
 BEST_OF ?= 4
@@ -65,7 +67,7 @@ TEXT := $(OUT)/text
 ASKED := $(OUT)/instructions
 FEEDBACK := $(OUT)/feedback
 POLICY := $(OUT)/ppo
-JUDGE := --prompts $(ASKED)/prompts_val.jsonl --requests $(ASKED)/requests.jsonl --max_new_tokens 48
+JUDGE := --prompts $(ASKED)/prompts_val.jsonl --requests $(ASKED)/requests.jsonl --max_new_tokens $(TOKENS)
 ifeq ($(DATA),)
 TRAIN := $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt
 VAL := --val_input $(TEXT)/val.en.txt,$(TEXT)/val.zh.txt --entropy_bound $(TEXT)/entropy_bound.json
@@ -138,7 +140,7 @@ $(OUT)/sft/.done: $(OUT)/tales.txt $(ASKED)/.done $(OUT)/$(BASE)/.done
 $(FEEDBACK)/samples.jsonl: $(OUT)/sft/.done
 	mkdir -p $(FEEDBACK)
 	$(PY) feedback.py sample --models $(OUT)/sft --prompts $(ASKED)/prompts_train.jsonl --limit $(PROMPTS) \
-		--replies $(REPLIES) --out $@
+		--replies $(REPLIES) --max_new_tokens $(TOKENS) --out $@
 
 $(FEEDBACK)/rankings.jsonl: $(FEEDBACK)/samples.jsonl
 	$(PY) feedback.py simulate --samples $(FEEDBACK)/samples.jsonl --requests $(ASKED)/requests.jsonl \
@@ -151,7 +153,7 @@ $(OUT)/reward/.done: $(FEEDBACK)/rankings.jsonl
 
 $(POLICY)/.done: $(OUT)/reward/.done
 	$(call stage,$(POLICY),ppo.py,--init_from $(OUT)/sft --reward_model $(OUT)/reward \
-		--data $(ASKED)/prompts_train.jsonl $(PPO_FLAGS))
+		--data $(ASKED)/prompts_train.jsonl --response_length $(TOKENS) $(PPO_FLAGS))
 
 $(OUT)/evaluation.json: $(POLICY)/.done
 	$(PY) evaluate.py --models $(OUT)/sft,$(POLICY),$(OUT)/pretrain $(JUDGE) --limit $(JUDGED) --show 8 \
@@ -167,7 +169,7 @@ $(OUT)/reward-%/.done: $(FEEDBACK)/rankings.jsonl
 
 $(OUT)/ppo-%/.done: $(OUT)/reward-%/.done
 	$(call stage,$(OUT)/ppo-$*,ppo.py,--init_from $(OUT)/sft --reward_model $(OUT)/reward-$* \
-		--data $(ASKED)/prompts_train.jsonl --seed $*)
+		--data $(ASKED)/prompts_train.jsonl --response_length $(TOKENS) --seed $*)
 
 $(OUT)/evaluation-%.json: $(OUT)/ppo-%/.done
 	$(PY) evaluate.py --models $(OUT)/sft,$(OUT)/ppo-$* $(JUDGE) --limit $(JUDGED) --reward_model $(OUT)/reward-$* --out $@

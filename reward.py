@@ -38,8 +38,8 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
 PRESETS = {
     "demo": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10,
                  eval_every=50, save_every=100),
-    "results": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10,
-                    eval_every=50, save_every=100),
+    "results": dict(batch_size=32, optimizer="muon", learning_rate=4e-3, warmup_steps=10, eval_every=50,
+                    save_every=100),
     "smoke": dict(batch_size=8, epochs=0, max_steps=6, warmup_steps=2, eval_every=3, save_every=3,
                   log_every=2,
                   bootstrap=50),
