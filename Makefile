@@ -37,7 +37,7 @@ PRETRAIN_FLAGS := --max_seq_len 512
 PPO_FLAGS := --force
 MEGABYTES ?= 0.3
 VOCAB ?= 1024
-PROMPTS ?= 24
+PROMPTS ?= 60
 JUDGED ?= 16
 EXAMPLES ?= 400
 endif
