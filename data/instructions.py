@@ -30,7 +30,7 @@ FACT_NAMES = {"en": dict(zip(CHARACTER, ("kind", "character", "home", "favourite
               "zh": dict(zip(CHARACTER, ("种类", "性格", "住处", "最爱吃的")))}
 WRITERS = 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3        # faults that writers make in a tale; each as likely
 FAULTS = "forget", "stray", *["break off"] * 3, *["repeat"] * 4, *["ramble"] * 5
-SAID = 40_000           # training records whose words the tokenizer learns: 10 MB hold all that there are
+SAID = 40_000           # training records whose words the tokenizer learns: 10 MB beside the tales' 80
 
 
 class Example(NamedTuple):
