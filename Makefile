@@ -43,9 +43,11 @@ EXAMPLES ?= 400
 endif
 ifeq ($(SIZE),results)
 MEGABYTES ?= 40
+TALES := :0.1
 PROMPTS ?= 6000
 REPLIES ?= 2
 TOKENS ?= 64
+KIND := rubric
 JUDGED ?= 1000
 EXAMPLES ?= 150000
 BEST_OF ?= 16
@@ -53,9 +55,11 @@ BASE := lists
 endif
 MEGABYTES ?= 4
 VOCAB ?= 4096
+TALES ?= :0.25
 PROMPTS ?= 600
 REPLIES ?= 4
 TOKENS ?= 48
+KIND ?= ranking
 JUDGED ?= 200
 EXAMPLES ?= 12000
 BEST_OF ?= 4
@@ -70,9 +74,12 @@ POLICY := $(OUT)/ppo
 JUDGE := --prompts $(ASKED)/prompts_val.jsonl --requests $(ASKED)/requests.jsonl --max_new_tokens $(TOKENS)
 ifeq ($(DATA),)
 TRAIN := $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt
+# So much of the tales beside what is said that a name is one token at the start of a reply, too (LOG.md).
+WORDS := $(TEXT)/train.en.txt$(TALES),$(TEXT)/train.zh.txt$(TALES)
 VAL := --val_input $(TEXT)/val.en.txt,$(TEXT)/val.zh.txt --entropy_bound $(TEXT)/entropy_bound.json
 else
 TRAIN := $(DATA)
+WORDS := $(DATA)
 endif
 
 # $(call stage,DIRECTORY,SCRIPT,FLAGS): train, or go on with what is there; then say whether it is where it usually is
@@ -92,7 +99,7 @@ demo: setup-demo $(OUT)/evaluation.json
 results:
 	$(MAKE) SIZE=results OUT=$(OUT)/results demo seeds
 
-.SECONDARY:                     # keep what stands between a seed's rankings and its evaluation
+.SECONDARY:                     # keep what stands between a seed's judgements and its evaluation
 seeds: $(OUT)/tasks.json $(OUT)/evaluation-1.json $(OUT)/evaluation-2.json $(OUT)/curve.json
 
 serve: setup-demo
@@ -113,7 +120,7 @@ $(ASKED)/.done:
 	touch $@
 
 $(OUT)/tokenizer/.done: $(TEXT)/.done $(ASKED)/.done
-	$(PY) tokenizer.py --input $(TRAIN),$(ASKED)/said_train.txt \
+	$(PY) tokenizer.py --input $(WORDS),$(ASKED)/said_train.txt \
 		--vocab_size $(VOCAB) --out_dir $(OUT)/tokenizer
 	touch $@
 
@@ -142,13 +149,14 @@ $(FEEDBACK)/samples.jsonl: $(OUT)/sft/.done
 	$(PY) feedback.py sample --models $(OUT)/sft --prompts $(ASKED)/prompts_train.jsonl --limit $(PROMPTS) \
 		--replies $(REPLIES) --max_new_tokens $(TOKENS) --out $@
 
-$(FEEDBACK)/rankings.jsonl: $(FEEDBACK)/samples.jsonl
+$(FEEDBACK)/judged.jsonl: $(FEEDBACK)/samples.jsonl
 	$(PY) feedback.py simulate --samples $(FEEDBACK)/samples.jsonl --requests $(ASKED)/requests.jsonl \
-		--out $(FEEDBACK)/ratings.jsonl
-	$(PY) feedback.py collect --samples $(FEEDBACK)/samples.jsonl --ratings $(FEEDBACK)/ratings.jsonl --out $@
+		--kind $(KIND) --out $(FEEDBACK)/ratings.jsonl
+	$(PY) feedback.py collect --samples $(FEEDBACK)/samples.jsonl --ratings $(FEEDBACK)/ratings.jsonl \
+		--form $(if $(filter rubric,$(KIND)),scores,rankings) --out $@
 
-$(OUT)/reward/.done: $(FEEDBACK)/rankings.jsonl
-	$(call stage,$(OUT)/reward,reward.py,--init_from $(OUT)/sft --data $(FEEDBACK)/rankings.jsonl \
+$(OUT)/reward/.done: $(FEEDBACK)/judged.jsonl
+	$(call stage,$(OUT)/reward,reward.py,--init_from $(OUT)/sft --data $(FEEDBACK)/judged.jsonl \
 		--normalize_on $(FEEDBACK)/samples.jsonl)
 
 $(POLICY)/.done: $(OUT)/reward/.done
@@ -163,8 +171,8 @@ $(OUT)/tasks.json: $(OUT)/sft/.done
 	$(PY) evaluate.py --models $(OUT)/sft,$(OUT)/pretrain --tasks $(ASKED)/eval_val.jsonl \
 		--requests $(ASKED)/requests.jsonl --show 12 --out $@
 
-$(OUT)/reward-%/.done: $(FEEDBACK)/rankings.jsonl
-	$(call stage,$(OUT)/reward-$*,reward.py,--init_from $(OUT)/sft --data $(FEEDBACK)/rankings.jsonl \
+$(OUT)/reward-%/.done: $(FEEDBACK)/judged.jsonl
+	$(call stage,$(OUT)/reward-$*,reward.py,--init_from $(OUT)/sft --data $(FEEDBACK)/judged.jsonl \
 		--normalize_on $(FEEDBACK)/samples.jsonl --seed $*)
 
 $(OUT)/ppo-%/.done: $(OUT)/reward-%/.done

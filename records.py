@@ -17,7 +17,7 @@ import torch
 
 from batches import draws, first_fit
 from cli import UserError
-from data.read import clean_unicode, lines
+from data.read import clean_unicode, lines, read_weighted
 from metrics import in_chinese
 from model import IGNORE_INDEX
 from tokenizer import SPECIALS
@@ -269,23 +269,6 @@ def read_prompts(path):
         found.append((record["id"], messages))
     if not found:
         raise UserError(f"{path}: no prompts in it")
-    return found
-
-
-def read_weighted(spec):
-    """"a.jsonl,b.jsonl:0.5" -> [(path, weight)]."""
-    found = []
-    for part in filter(None, (part.strip() for part in spec.split(","))):
-        path, colon, weight = part.rpartition(":")
-        try:
-            path, weight = (path, float(weight)) if colon else (part, 1.0)
-        except ValueError:                                      # the colon is part of the name
-            path, weight = part, 1.0
-        if not 0 < weight < math.inf:
-            raise UserError(f"{part}: the weight must be a number above 0")
-        found.append((path, weight))
-    if not found:
-        raise UserError(f"{spec!r} names no file; give FILE[:WEIGHT][,FILE[:WEIGHT]]")
     return found
 
 

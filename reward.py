@@ -3,7 +3,7 @@
 Pairs and rankings by the Bradley-Terry likelihood of all comparisons of a prompt (Ouyang et al. 2022, eq. 1),
 ratings by regression, both by weight. At the end it is normalised, judged on prompts it has not seen, and
 passes a gate or not, which ppo.py reads.
-    python reward.py --config demo --init_from out/sft --data out/feedback/rankings.jsonl --out_dir out/reward
+    python reward.py --config demo --init_from out/sft --data out/feedback/judged.jsonl --out_dir out/reward
     python reward.py --init_from out/reward --score FILE            # one line {"where", "scores"} a record
 
 Shapes:  N prompts (in the loss) or replies   K replies of a prompt
@@ -38,8 +38,8 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
 PRESETS = {
     "demo": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10,
                  eval_every=50, save_every=100),
-    "results": dict(batch_size=32, optimizer="muon", learning_rate=4e-3, warmup_steps=10, eval_every=50,
-                    save_every=100),
+    "results": dict(batch_size=32, score_coef=1.0, optimizer="muon", learning_rate=4e-3, warmup_steps=10,
+                    eval_every=50, save_every=100),
     "smoke": dict(batch_size=8, epochs=0, max_steps=6, warmup_steps=2, eval_every=3, save_every=3,
                   log_every=2,
                   bootstrap=50),
@@ -232,6 +232,10 @@ class Prompt:
         return [(a, b) for places, ranks in self.rankings for a, i in zip(places, ranks)
                 for b, j in zip(places, ranks) if i < j]
 
+    def teaches(self):
+        """Whether anything is said of the replies; of nothing but ties there is nothing to learn."""
+        return bool(self.rankings or self.scores)
+
 
 def read_prompts(spec, tokenizer, max_tokens, config, say=print):
     """{prompt: Prompt} of the records of "FILE[:WEIGHT],...", in their order; a line says how many."""
@@ -309,26 +313,27 @@ def open_data(config, model_config, tokenizer, ranks):
     samples = ratings.read_samples(config.normalize_on) if config.normalize_on else {}
     if config.ratings:
         add_ratings(found, config.ratings, samples, tokenizer, T, ranks.say)
-    if config.val_data:
-        train, val = list(found.values()), list(read_prompts(config.val_data, tokenizer, T, config,
-                                                             ranks.say).values())
-    else:
-        train, val = split(found, config.val_share)
-    if config.max_comparisons:
-        sums = np.cumsum([len(prompt.pairs()) or len(prompt.scores) for prompt in train])
-        train = train[:int(np.searchsorted(sums, config.max_comparisons)) + 1]
-    for name, coef, n in (("pair_coef", config.pair_coef, sum(len(p.rankings) for p in train)),
-                          ("score_coef", config.score_coef, sum(len(p.scores) for p in train))):
+    for name, coef, n in (("pair_coef", config.pair_coef, sum(len(p.rankings) for p in found.values())),
+                          ("score_coef", config.score_coef, sum(len(p.scores) for p in found.values()))):
         if coef and not n and not (config.pair_coef and config.score_coef):
             other, what = (("score_coef", "comparisons") if name == "pair_coef" else ("pair_coef", "scores"))
             raise UserError(f"{config.data or config.ratings}: no {what} to learn from; "
                             f"give --{name} 0 --{other} 1")
     if not config.pair_coef and not config.score_coef:
         raise UserError("pair_coef 0 and score_coef 0 leave nothing to learn; raise one of them")
+    found = {key: prompt for key, prompt in found.items() if prompt.teaches()}
+    if config.val_data:
+        held_out = read_prompts(config.val_data, tokenizer, T, config, ranks.say).values()
+        train, val = list(found.values()), [prompt for prompt in held_out if prompt.teaches()]
+    else:
+        train, val = split(found, config.val_share)
+    if config.max_comparisons:
+        sums = np.cumsum([len(prompt.pairs()) or len(prompt.scores) for prompt in train])
+        train = train[:int(np.searchsorted(sums, config.max_comparisons)) + 1]
     if (not (config.pair_coef and any(prompt.pairs() for prompt in val))
             and sum(len(prompt.scores) for prompt in val) < 3):
-        raise UserError(f"the {len(val)} validation prompts hold nothing to judge by; "
-                        "give --val_data or more --val_share")
+        raise UserError(f"{config.val_data or config.data or config.ratings}: no validation prompt holds "
+                        "anything to judge by; give --val_data or more --val_share")
     scores = [score for prompt in train for _, score in prompt.scores]
     scale = (float(np.mean(scores)), float(np.std(scores)) or 1.0) if scores else (0.0, 1.0)
     normal = [ids for prompt in train for ids in prompt.ids]

@@ -1,10 +1,10 @@
 """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): trained here by hand, applied by tiktoken.
 
 Text is split by Llama 3's pattern into words, and inside words the most frequent pair of tokens is merged,
-again and again; learning keeps marks and letters apart besides. Ids: 0-255 the bytes in GPT-2's order, the
-merges as they were learnt, the four specials. The trainer's trick is to do many merges at once in numpy,
-with the same result: see `learn_merges`. Special tokens are never recognised in text; they come from
-`encode_chat` and from whoever packs documents.
+again and again; learning keeps marks, letters and Chinese particles apart besides. Ids: 0-255 the bytes in
+GPT-2's order, the merges as they were learnt, the four specials. The trainer's trick is to do many merges at
+once in numpy, with the same result: see `learn_merges`. Special tokens are never recognised in text; they
+come from `encode_chat` and from whoever packs documents.
 """
 
 import codecs
@@ -28,11 +28,13 @@ from cli import UserError, option, parse_config, progress_bar, run, write_text
 
 SPLIT_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-# No merge is learnt from a mark to the letter behind it: a name is the same token at the start of a sentence,
-# after a quotation mark and inside, so that a small model can learn to copy it (LOG.md). Its words are parts
-# of SPLIT_PATTERN's.
-LEARNING_PATTERN = SPLIT_PATTERN.replace(r"[^\r\n\p{L}\p{N}]?\p{L}+",
-                                         r"[^\r\n\p{L}\p{N}\p{P}\p{S}]?\p{L}+")
+# Learnt apart, so that what a small model copies is the same token wherever it stands (LOG.md): a mark and
+# the letter behind it (a name at the start, after a quotation mark, inside), and, as Chinese has no spaces,
+# the particles that stand before and after its nouns. The words are parts of SPLIT_PATTERN's.
+PARTICLES = "的了着在里上"
+LEARNING_PATTERN = SPLIT_PATTERN.replace(
+    r"[^\r\n\p{L}\p{N}]?\p{L}+",
+    rf"[{PARTICLES}]|[^\r\n\p{{L}}\p{{N}}\p{{P}}\p{{S}}]?[^\P{{L}}{PARTICLES}]+")
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 ROLES = ("system", "user", "assistant")
 FILE, FORMAT = "bpe.json", "sprout byte-level BPE, version 1"
@@ -387,7 +389,8 @@ def every_other(places, step):
 @dataclass
 class TokenizerConfig:
     """Train a tokenizer on text files and report how well it fits each language."""
-    input: str = option("", "files of any kind that data/read.py reads, comma-separated")
+    input: str = option("", "FILE[:WEIGHT],... of any kind that data/read.py reads; 0.1 = a tenth of the "
+                            "documents, 2 = each twice")
     vocab_size: int = option(4096, "tokens, the 256 bytes and the four specials included")
     out_dir: str = option("out/tokenizer", "directory for bpe.json and vocab.txt")
     processes: int = option(0, "workers that count words; 0 = one a core")
@@ -417,14 +420,15 @@ def ends_inside_character(token):
 
 
 def main(config):
-    from data.read import documents, language_of        # a floor above; only the command line reads files
+    from data.read import documents, language_of, read_weighted     # only the command line reads files
 
-    paths = [path for path in config.input.split(",") if path]
-    if not paths:
-        raise UserError("--input is empty; give one or more files, comma-separated")
+    if not config.input:
+        raise UserError("--input is empty; give FILE[:WEIGHT],...")
+    files = read_weighted(config.input)
     if config.processes < 0:
         raise UserError(f"processes {config.processes} must be at least 1, or 0 for one a core")
-    texts = itertools.chain.from_iterable(map(documents, paths))
+    texts = (text for path, weight in files for i, text in enumerate(documents(path))
+             for _ in range(int((i + 1) * weight) - int(i * weight)))
     processes = config.processes or os.cpu_count() or 1
     tokenizer = Tokenizer.train(texts, config.vocab_size, processes, progress=True)
     tokenizer.save(config.out_dir)
@@ -432,7 +436,7 @@ def main(config):
     print(f"{config.out_dir}: {tokenizer.vocab_size} tokens of up to {longest} bytes")
     print("Lines of the first 500 documents of each file; coverage: characters that lie whole in one token.")
     print("language  characters  bytes/token  tokens/character  coverage")
-    texts = (text for path in paths for text in itertools.islice(documents(path), 500))
+    texts = (text for path, _ in files for text in itertools.islice(documents(path), 500))
     lines = (line for text in texts for line in text.splitlines() if line)
     for language, chars, size, rate, coverage in fit(tokenizer, lines, language_of):
         print(f"{language:8}{chars:12,}{size:13.2f}{rate:18.3f}{coverage:10.2%}")

@@ -10,6 +10,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 import zlib
 from pathlib import Path
 
@@ -23,6 +24,23 @@ KINDS = (".txt", ".jsonl", ".tsv", ".csv")
 LOOK_AHEAD = 1_000_000      # characters in which a .txt file shows whether it has separators
 CUT_BYTES = 20_000          # .txt without separators is cut at the first blank line after so many
 MAX_PIECE = 10_000          # characters read at once where a .txt file has no line ends
+
+
+def read_weighted(spec):
+    """"a.jsonl,b.jsonl:0.5" -> [(path, weight)]."""
+    found = []
+    for part in filter(None, (part.strip() for part in spec.split(","))):
+        path, colon, weight = part.rpartition(":")
+        try:
+            path, weight = (path, float(weight)) if colon else (part, 1.0)
+        except ValueError:                                      # the colon is part of the name
+            path, weight = part, 1.0
+        if not 0 < weight < math.inf:
+            raise UserError(f"{part}: the weight must be a number above 0")
+        found.append((path, weight))
+    if not found:
+        raise UserError(f"{spec!r} names no file; give FILE[:WEIGHT][,FILE[:WEIGHT]]")
+    return found
 
 
 def documents(path, separator=SEPARATOR, text_key=TEXT_KEYS, columns="", strip=True, on_read=None):

@@ -31,7 +31,7 @@ def numbers(out):
         found[stage] = [{k: v for k, v in json.loads(line).items()
                          if k not in ("time", "tokens_per_second", "mfu")} for line in lines]
         found[f"{stage} weights"] = (newest(out / stage) / "model.pt").read_bytes()
-    found["rankings"] = (out / "feedback" / "rankings.jsonl").read_text(encoding="utf-8")
+    found["rankings"] = (out / "feedback" / "judged.jsonl").read_text(encoding="utf-8")
     return found
 
 

@@ -123,7 +123,8 @@ def restore_process():
 # ---- the table
 
 TOKENIZER_CASES = [
-    Case("no input", "tokenizer.py", ["--input", "give one or more files"]),
+    Case("no input", "tokenizer.py", ["--input is empty", "give FILE[:WEIGHT]"]),
+    Case("input of no weight", "tokenizer.py --input text.txt:0", ["text.txt:0", "a number above 0"]),
     Case("input missing", "tokenizer.py --input none.txt", ["none.txt: no such file"]),
     Case("one of two missing", "tokenizer.py --input text.txt,none.txt", ["none.txt: no such file"]),
     Case("input is a directory", "tokenizer.py --input tok", ["tok: not a file"]),

@@ -443,9 +443,19 @@ def test_nothing_to_judge_by_is_said_before_training(ready, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "x", "chosen": "a", "rejected": "b"}])
     marks = write(tmp_path / "marks.jsonl", [{"text": f"so {i}", "score": i} for i in range(9)])
     for changes in dict(val_data=val), dict(data=marks, val_data=pairs, pair_coef=0.0, score_coef=1.0):
-        with pytest.raises(UserError, match="the 1 validation prompts hold nothing to judge by"):
+        with pytest.raises(UserError, match="no validation prompt holds anything to judge by"):
             train(config_of(ready, tmp_path / "run", **changes), Ranks())
     assert not (tmp_path / "run").exists()
+
+
+def test_prompts_of_ties_are_neither_learnt_nor_judged(ready, tmp_path):
+    """A raw model's replies mostly tie: they would fill batches and leave the held-out prompts empty."""
+    ties = [{"prompt": f"tie {i}", "outputs": [{"response": w, "rank": 1} for w in "ab"]} for i in range(200)]
+    config = config_of(ready, tmp_path / "run", data=write(tmp_path / "d.jsonl", [*ties, *rankings(40)]))
+    model_config, tokenizer = checkpoint.source(config)
+    data, _ = reward.open_data(config, model_config, tokenizer, Ranks())
+    assert len(data["train"]) + len(data["val"]) == 40 and len(data["val"]) > 1
+    assert all(prompt.pairs() for part in ("train", "val") for prompt in data[part])
 
 
 @pytest.mark.parametrize("changes, wrong", [

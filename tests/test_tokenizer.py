@@ -50,10 +50,22 @@ def test_no_merge_is_learnt_from_a_mark_to_a_letter():
     assert regex.findall(SPLIT_PATTERN, text) == [
         "好", "。猫来了", " said", " \"", "Hi", " $", "a", " ह", "िन", "्द", "ी", " e", "\u0301te", " ", "\tx"]
     assert regex.findall(LEARNING_PATTERN, text) == [
-        "好", "。", "猫来了", " said", " \"", "Hi", " $", "a", " ह", "िन", "्द", "ी", " e", "\u0301te", " ", "\tx"]
-    tokenizer = train_quietly(["。猫来了。狗来了，猫来了！" * 20], 400)
-    cat = tokenizer.encode("猫来了")
-    assert len(cat) == 1 and tokenizer.encode("。猫来了")[-1:] == tokenizer.encode("，猫来了")[-1:] == cat
+        "好", "。", "猫来", "了", " said", " \"", "Hi", " $", "a", " ह", "िन", "्द", "ी", " e", "\u0301te", " ",
+        "\tx"]
+    tokenizer = train_quietly(["。猫来。狗来，猫来！" * 20], 400)
+    cat = tokenizer.encode("猫来")
+    assert len(cat) == 1 and tokenizer.encode("。猫来")[-1:] == tokenizer.encode("，猫来")[-1:] == cat
+
+
+def test_a_chinese_noun_is_the_same_token_beside_a_particle():
+    """"In the park" is frequent enough for a token of its own; "park" alone is what a reply copies."""
+    assert regex.findall(LEARNING_PATTERN, "我在 在公园里的abc上了，着急") == [
+        "我", "在", " ", "在", "公园", "里", "的", "abc", "上", "了", "，", "着", "急"]
+    tokenizer = train_quietly(["他们在公园里玩，我也在公园里的树上。公园，去公园！" * 20], 600)
+    park = tokenizer.encode("公园")
+    assert len(park) == 1
+    for text in ("在公园里", "在公园里的", "公园了", "坐着公园", "上公园"):
+        assert set(park) < set(tokenizer.encode(text)), text
 
 
 def test_words_of_learning_are_parts_of_words():
@@ -404,6 +416,19 @@ def test_command_trains_saves_and_reports(tmp_path):
     assert done.returncode == 0, done.stderr
     assert Tokenizer.load(tmp_path / "out").vocab_size == 280
     assert [row.split()[0] for row in done.stdout.splitlines()[-3:]] == ["en", "other", "zh"]
+
+
+def test_a_weight_is_a_share_of_the_documents_or_copies_of_them(tmp_path):
+    """Half of a file and another twice over give the merges of that text written out."""
+    texts = [("ghgh gh", "ab abab")[i % 2] + " cd" * (i % 3) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "efef ef"}) + "\n")
+    done = command("--input", f"{tmp_path}/a.jsonl:0.5,{tmp_path}/b.jsonl:2", "--vocab_size", 266,
+                   "--out_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    written_out = train_quietly([*texts[1::2], "efef ef", "efef ef"], 266)
+    assert Tokenizer.load(tmp_path / "out").merges == written_out.merges
+    assert train_quietly([*texts, "efef ef"], 266).merges != written_out.merges
 
 
 @pytest.mark.parametrize("flags, words", [
