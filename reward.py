@@ -491,7 +491,7 @@ def conclude(config, found, data, log, ranks):
     found = found | {"baselines": plain, "gate": gate}
     ranks.say(f"held out: {told(found)}")
     for margin, (n, right) in found.get("by_margin", {}).items():
-        ranks.say(f"    margin {margin}: {right:.3f} of {n:,} right")
+        ranks.say(f"    margin of scores {margin}: {right:.3f} of {n:,} right")
     ranks.say("baselines: " + "  ".join(f"{name} {value:.3f}" for name, value in plain.items()))
     ranks.say(verdict(found, gate, plain))
     log.write(config.max_steps, **{f"val_{k}": v for k, v in found.items() if isinstance(v, float)})
