@@ -17,7 +17,7 @@ import torch
 from batches import draws
 from checkpoint import load_model
 from cli import UserError, option, parse_config, run
-from model import KVCache, LanguageModel, logprobs_after
+from model import KVCache, LanguageModel, logprobs_after, work_type
 from training import pick_device
 
 DROP_SHARE = 0.25                   # ended rows are computed along until they are this share of the batch
@@ -191,7 +191,7 @@ class Engine:
         if self.joining:
             ids, n_real = pad([row.prompt for row in self.joining], weight.device)              # (B, T), (B,)
             size = max(len(row.prompt) + row.room for row in self.joining)
-            cache = KVCache(self.model.config, len(ids), size, weight.device, weight.dtype)
+            cache = KVCache(self.model.config, len(ids), size, weight.device, work_type(weight))
             logits.append(next_logits(self.model, ids, n_real, cache))
             if self.rows:
                 self.cache.join(cache)
@@ -208,7 +208,7 @@ class Engine:
         """Take ended rows out once they are DROP_SHARE of the batch, or the cache is full to their end."""
         self.joining = [row for row in self.joining if not row.ended]
         kept = [i for i, row in enumerate(self.rows) if not row.ended]
-        full = self.cache is not None and self.cache.longest == self.cache.keys.shape[2]
+        full = self.cache is not None and self.cache.longest == self.cache.max_len
         if not kept:
             self.rows, self.cache = [], None
         elif len(kept) <= (1 - DROP_SHARE) * len(self.rows) or full and len(kept) < len(self.rows):

@@ -20,6 +20,8 @@ IGNORE_INDEX = -100                 # a target that is not to be learnt
 MAX_LOGITS = 2 ** 25                # logits held at once: 128 MiB in fp32
 CACHED_LOGITS = 2 ** 20             # the same on a CPU, whose cache they fit
 MIN_CHUNK = 256                     # tokens whose logits are made at once at least: fewer make slow products
+QUERY_BLOCK = 128                   # queries whose scores `attend` makes at once
+CACHE_BLOCK = 32                    # positions by which a KVCache grows
 INITS = ("normal", "xavier", "he")
 
 
@@ -85,30 +87,38 @@ class KVCache:
 
     Rows may differ in length: a batch of prompts is padded on the RIGHT, the pads' keys lie behind a row's
     length where no query looks, and the row's next tokens overwrite them. After each forward the caller says
-    how many of the T positions were real, with `advance`.
+    how many of the T positions were real, with `advance`. It grows by whole blocks and is read to its end, so
+    that a layer's keys lie in one piece, which products would copy otherwise.
     """
 
     def __init__(self, config, batch_size, max_len, device=None, dtype=torch.float32):
         if max_len > config.max_seq_len:
             raise UserError(f"{max_len} tokens do not fit into max_seq_len {config.max_seq_len}; "
                             "shorten the prompt or ask for fewer new tokens")
-        shape = (config.n_layers, batch_size, max_len, config.n_kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)                  # (L, B, S, G, K)
+        self.max_len = max_len
+        shape = (config.n_layers, batch_size, config.n_kv_heads, 0, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)                  # (L, B, G, S, K)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)     # (B,) real tokens a row
         self.longest = 0                                                            # max(lengths), no sync
 
     def positions(self, T):
-        """Positions of the next T tokens of each row, (B, T)."""
+        """Positions of the next T tokens of each row, (B, T), for which there is room afterwards."""
+        blocks = -(-(self.longest + T) // CACHE_BLOCK)
+        self.grow(min(blocks * CACHE_BLOCK, self.max_len))
         return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
 
+    def grow(self, S):
+        """Have S positions, or as many as there are."""
+        more = max(0, S - self.keys.shape[3])
+        self.keys, self.values = (F.pad(x, (0, 0, 0, more)) if more else x for x in (self.keys, self.values))
+
     def write(self, layer, positions, k, v):
-        """Store k, v (B, T, G, K) and return all keys and values up to the longest row, (B, S, G, K)."""
+        """Store k, v (B, G, T, K) and return all keys and values of the layer, (B, G, S, K)."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[layer, rows, positions] = k.to(self.keys.dtype)
-        self.values[layer, rows, positions] = v.to(self.values.dtype)
-        S = self.longest + positions.shape[1]
-        return self.keys[layer, :, :S], self.values[layer, :, :S]
+        for stored, new in (self.keys, k), (self.values, v):
+            stored[layer, rows, :, positions] = new.transpose(1, 2).to(stored.dtype)    # (B, T, G, K)
+        return self.keys[layer], self.values[layer]
 
     def advance(self, n):
         """Count n more real tokens: an int, or (B,) where rows differ."""
@@ -121,16 +131,55 @@ class KVCache:
         self.lengths = self.lengths[rows]
         self.longest = int(self.lengths.max())
 
-
     def join(self, other):
         """Take in the rows of another cache, behind the own ones."""
-        S = max(self.keys.shape[2], other.keys.shape[2])
-        for name in ("keys", "values"):
-            parts = [F.pad(x, (0, 0, 0, 0, 0, S - x.shape[2]))
-                     for x in (getattr(self, name), getattr(other, name))]
-            setattr(self, name, torch.cat(parts, dim=1))
+        self.max_len = max(self.max_len, other.max_len)
+        self.grow(other.keys.shape[3])
+        other.grow(self.keys.shape[3])
+        self.keys, self.values = (torch.cat(pair, dim=1) for pair in ((self.keys, other.keys),
+                                                                      (self.values, other.values)))
         self.lengths = torch.cat([self.lengths, other.lengths])
         self.longest = max(self.longest, other.longest)
+
+
+def work_type(weight):
+    """The dtype in which a product with this weight is made here: autocast's, or the weight's own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), cast once for all products that read it."""
+
+    def forward(self, x):
+        y = F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+        return y.to(work_type(self.weight))
+
+
+def attend(q, k, v, mask):
+    """softmax(q k' / sqrt(K)) v for q (B, H, T, K) and k, v (B, G, S, K) (Vaswani et al. 2017, eq. 1).
+
+    mask (B, 1, T, S): the keys that a query sees; none = those up to itself, and S is T. By torch's kernel,
+    but for bf16 on a CPU: there plain products, block by block of queries, take half of its time (LOG.md).
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                              enable_gqa=True)
+    B, H, T, K = q.shape
+    G, S = k.shape[1:3]
+    if mask is None:
+        here = torch.arange(T, device=q.device)
+        mask = (here <= here[:, None])[None, None]
+    q = (q * K ** -0.5).unflatten(1, (G, H // G))                               # (B, G, H / G, T, K)
+    k, v = k[:, :, None], v[:, :, None]                                         # (B, G, 1, S, K)
+    blocks = []
+    for start in range(0, T, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, T)
+        seen = S - T + end                                                  # no query looks behind its block
+        scores = q[..., start:end, :] @ k[..., :seen, :].mT                 # (B, G, H / G, block, seen)
+        hidden = ~mask[:, :, None, start:end, :seen]
+        blocks.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ v[..., :seen, :])
+    return torch.cat(blocks, dim=-2).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -144,8 +193,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, G * K, bias=False)
         self.v_proj = nn.Linear(D, G * K, bias=False)
         self.o_proj = nn.Linear(H * K, D, bias=False)
-        self.q_norm = nn.RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, mask, cache, positions):
         B, T, D = x.shape
@@ -155,9 +204,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, K).transpose(1, 2)                            # (B, G, T, K)
         q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.type_as(q)
         if cache is not None:
-            k, v = cache.write(self.layer, positions, k.transpose(1, 2), v.transpose(1, 2))
-            k, v = k.transpose(1, 2).type_as(q), v.transpose(1, 2).type_as(q)           # (B, G, S, K)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            k, v = (x.type_as(q) for x in cache.write(self.layer, positions, k, v))     # (B, G, S, K)
+        y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                         # (B, T, D)
 
 
@@ -179,9 +227,9 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -199,7 +247,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         cos, sin = rotary_angles(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -224,7 +272,7 @@ class Transformer(nn.Module):
         T = ids.shape[1]
         if cache is not None:
             positions = cache.positions(T)
-            keys = torch.arange(cache.longest + T, device=ids.device)
+            keys = torch.arange(cache.keys.shape[3], device=ids.device)
             return positions, (keys <= positions[:, :, None])[:, None]
         here = torch.arange(T, device=ids.device)[None]
         if doc_ids is None:
@@ -345,23 +393,25 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, stream, weight, targets):
-        if torch.is_autocast_enabled(stream.device.type):
-            work_type = torch.get_autocast_dtype(stream.device.type)
-            x, w = stream.to(work_type), weight.to(work_type)
-        else:
-            x, w = stream, weight
+        x, w = (tensor.to(work_type(weight)) for tensor in (stream, weight))
+        # Positions with nothing to learn are left out; a compiled graph, whose shapes are fixed, reads all.
+        learnt = None if torch.compiler.is_compiling() else targets != IGNORE_INDEX
+        if learnt is not None:
+            x, targets = x[learnt], targets[learnt]
         wide = torch.promote_types(w.dtype, torch.float32)              # fp32; float64 in tests
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         d_stream, d_weight = torch.empty_like(x), torch.zeros_like(weight)
         size = chunk_of_tokens(len(w), x.device)
         for part in (slice(i, i + size) for i in range(0, len(x), size)):
-            learnt = targets[part, None] != IGNORE_INDEX
-            wanted = targets[part, None].where(learnt, 0)
+            counts = targets[part, None] != IGNORE_INDEX
+            wanted = targets[part, None].where(counts, 0)
             logp = F.linear(x[part], w).to(wide).log_softmax(-1)        # (n, V)
-            total = total - (logp.gather(1, wanted) * learnt).sum()
-            d_logits = (logp.exp().scatter_add(1, wanted, -torch.ones_like(logp[:, :1])) * learnt).to(x.dtype)
+            total = total - (logp.gather(1, wanted) * counts).sum()
+            d_logits = (logp.exp().scatter_add(1, wanted, -torch.ones_like(logp[:, :1])) * counts).to(x.dtype)
             d_stream[part] = d_logits @ w
             d_weight += d_logits.mT @ x[part]
+        if learnt is not None:
+            d_stream = torch.zeros_like(stream, dtype=x.dtype).masked_scatter(learnt[:, None], d_stream)
         ctx.save_for_backward(d_stream, d_weight)
         return total
 

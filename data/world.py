@@ -338,7 +338,8 @@ class WorldConfig:
     split: str = option("train", "train, or val: combinations of facts that train never has")
     seed: int = option(0, "number of the first tale")
     out_dir: str = option("", "instead, write {train,val}.{en,zh}.txt and entropy_bound.json there")
-    megabytes: float = option(1.0, "text of each language to write for training; a 20th of it for validation")
+    megabytes: float = option(1.0, "text of each language to write for training; for validation a 20th, "
+                                   "at most 0.5")
     recognise: str = option("", "instead, read tales from this file, parted by lines such as '--- 3', and "
                                 "say which sentences the grammar cannot produce")
     tales: int = option(0, "of each language, to read from that file; 0 = all")
@@ -369,7 +370,7 @@ def write_corpus(out_dir, megabytes, seed):
     out_dir.mkdir(parents=True, exist_ok=True)
     for language in LANGUAGES:
         bound[language] = round(expected(language)["bits_per_byte"], 6)
-        for split, size in ("train", megabytes), ("val", megabytes / 20):
+        for split, size in ("train", megabytes), ("val", min(megabytes / 20, 0.5)):
             texts, n_bytes = [], 0
             while n_bytes < size * 1e6:
                 texts.append(story(seed + len(texts), language, split).text)

@@ -417,7 +417,26 @@ def test_the_loss_in_chunks_equals_that_of_whole_logits(shape, tokens_at_once, m
     assert_close(total, wanted, 1e-6)
     assert chunked_count == count == (targets != IGNORE_INDEX).sum()
     assert_same_gradients(gradients(3 * total, lm), gradients(3 * wanted, lm), 1e-6)
-    assert max(held) <= tokens_at_once and sum(held) == 24          # logits made once, none again in backward
+    assert max(held) <= tokens_at_once and sum(held) == count       # made once, of what is learnt alone
+
+
+@pytest.mark.parametrize("T, S, masked", [(5, 5, False), (11, 11, True), (1, 9, True), (4, 9, True)])
+def test_attention_in_bf16_equals_torchs_kernel(T, S, masked, monkeypatch):
+    monkeypatch.setattr(model, "QUERY_BLOCK", 4)                    # blocks of 4, 4 and 3 of 11
+    q, k, v = (random_stream(2, heads, n, 8).detach().bfloat16().requires_grad_()
+               for heads, n in ((6, T), (2, S), (2, S)))
+    later = torch.arange(S) <= torch.arange(S - T, S)[:, None]                  # (T, S)
+    mask = torch.stack([later, later & (torch.arange(S) != 2) | torch.eye(T, S, dtype=torch.bool)])[:, None]
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        *wide, attn_mask=mask if masked else later, enable_gqa=True)
+    got = model.attend(q, k, v, mask if masked else None)
+    assert got.dtype == torch.bfloat16 and got.shape == wanted.shape
+    assert_close(got.double(), wanted, 0.03)
+    weights = random_stream(*got.shape).detach()
+    for mine, theirs in zip(torch.autograd.grad((got * weights).sum(), (q, k, v)),
+                            torch.autograd.grad((wanted * weights).sum(), wide)):
+        assert_close(mine.double(), theirs, 0.06)
 
 
 @pytest.mark.parametrize("vocab_size, device, tokens", [
