@@ -170,15 +170,15 @@ def attend(q, k, v, mask):
     if mask is None:
         here = torch.arange(T, device=q.device)
         mask = (here <= here[:, None])[None, None]
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)[:, :, None]  # (B, 1, 1, T, S)
     q = (q * K ** -0.5).unflatten(1, (G, H // G))                               # (B, G, H / G, T, K)
     k, v = k[:, :, None], v[:, :, None]                                         # (B, G, 1, S, K)
     blocks = []
     for start in range(0, T, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, T)
         seen = S - T + end                                                  # no query looks behind its block
-        scores = q[..., start:end, :] @ k[..., :seen, :].mT                 # (B, G, H / G, block, seen)
-        hidden = ~mask[:, :, None, start:end, :seen]
-        blocks.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ v[..., :seen, :])
+        scores = q[..., start:end, :] @ k[..., :seen, :].mT + bias[..., start:end, :seen]
+        blocks.append(scores.softmax(-1) @ v[..., :seen, :])                # (B, G, H / G, block, K)
     return torch.cat(blocks, dim=-2).flatten(1, 2)
 
 
@@ -395,22 +395,22 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, stream, weight, targets):
         x, w = (tensor.to(work_type(weight)) for tensor in (stream, weight))
         # Positions with nothing to learn are left out; a compiled graph, whose shapes are fixed, reads all.
-        learnt = None if torch.compiler.is_compiling() else targets != IGNORE_INDEX
-        if learnt is not None:
+        learnt, keep = targets != IGNORE_INDEX, not torch.compiler.is_compiling()
+        if keep:
             x, targets = x[learnt], targets[learnt]
+        counts = (targets != IGNORE_INDEX)[:, None]
+        targets = targets[:, None].where(counts, 0)
         wide = torch.promote_types(w.dtype, torch.float32)              # fp32; float64 in tests
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         d_stream, d_weight = torch.empty_like(x), torch.zeros_like(weight)
         size = chunk_of_tokens(len(w), x.device)
         for part in (slice(i, i + size) for i in range(0, len(x), size)):
-            counts = targets[part, None] != IGNORE_INDEX
-            wanted = targets[part, None].where(counts, 0)
             logp = F.linear(x[part], w).to(wide).log_softmax(-1)        # (n, V)
-            total = total - (logp.gather(1, wanted) * counts).sum()
-            d_logits = (logp.exp().scatter_add(1, wanted, -torch.ones_like(logp[:, :1])) * counts).to(x.dtype)
-            d_stream[part] = d_logits @ w
-            d_weight += d_logits.mT @ x[part]
-        if learnt is not None:
+            total = total - (logp.gather(1, targets[part]) * counts[part]).sum()
+            d_logits = logp.exp_().scatter_add_(1, targets[part], -torch.ones_like(logp[:, :1])).to(x.dtype)
+            d_stream[part] = (d_logits @ w) * counts[part]
+            d_weight += d_logits.mT @ (x[part] * counts[part])
+        if keep:
             d_stream = torch.zeros_like(stream, dtype=x.dtype).masked_scatter(learnt[:, None], d_stream)
         ctx.save_for_backward(d_stream, d_weight)
         return total

@@ -39,7 +39,7 @@ PRESETS = {     # a shape, and the lr, batch and length that suit it; the data d
     "tiny": dict(d_model=192, n_layers=5, n_heads=6, n_kv_heads=2, d_ff=512, max_seq_len=256,
                  batch_size=16, max_steps=620, learning_rate=1e-2, dropout=0.1),
     "quick-1mb": dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=352, max_seq_len=256,
-                      batch_size=16, max_steps=400, learning_rate=1e-2, dropout=0.1),
+                      batch_size=16, max_steps=400, learning_rate=1e-2, dropout=0.1, compile=False),
     "small": dict(d_model=512, n_layers=8, n_heads=8, n_kv_heads=4, d_ff=1408, max_seq_len=512,
                   batch_size=128, micro_batch_size=16, max_steps=5000, warmup_steps=200, learning_rate=2e-3),
     "gpt2-124m": dict(d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, d_ff=2048, max_seq_len=1024,

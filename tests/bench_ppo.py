@@ -1,7 +1,7 @@
 """An update of PPO beside the same work by Hugging Face's models: python tests/bench_ppo.py [rounds].
 
 Four networks of 6 layers, width 384, vocabulary 4,096; 32 replies of 64 tokens to prompts of 32; 4 passes of
-minibatches of 8; one thread, fp32. Theirs: generate with its cache, log-probs of policy and reference,
+minibatches of 8; one thread, fp32, ours also in bf16 where the CPU computes in it. Theirs: generate with its cache, log-probs of policy and reference,
 values, scores, then forward, backward and AdamW of policy and value model for each minibatch, all without
 our code. Interleaved; seconds an update, medians.
 """
@@ -26,19 +26,20 @@ import ppo
 from batches import score_replies
 from bench import PRESETS, BenchConfig, llama, model_config
 from model import LanguageModel, ScalarModel
+from optim import computes_bf16
 
 B, PROMPT, REPLY, EPOCHS, MINI = 32, 32, 64, 4, 8
 SETTINGS = BenchConfig(**PRESETS["6x384"])
 
 
-def ours():
+def ours(dtype):
     """A function that does one update through ppo.train; no id ends a reply, so all have 64 tokens."""
     shape = model_config(SETTINGS)
     policy, reference, value_model, judge = (
         kind(shape) for kind in (LanguageModel, LanguageModel, ScalarModel, ScalarModel))
     config = ppo.PPOConfig(batch_size=B, num_ppo_epochs=EPOCHS, num_mini_batches=B // MINI,
                            response_length=REPLY, max_steps=1, warmup_steps=0, missing_eos_penalty=0,
-                           device="cpu", dtype="fp32", learning_rate=1e-5)
+                           device="cpu", dtype=dtype, learning_rate=1e-5)
     prompts = torch.randint(SETTINGS.vocab_size - 1, (B, PROMPT)).tolist()
 
     def update():
@@ -93,7 +94,9 @@ def theirs():
 def main(rounds):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    ways = {"ours": ours(), "Hugging Face": theirs()}
+    ways = {"ours, fp32": ours("fp32"), "Hugging Face, fp32": theirs()}
+    if computes_bf16(torch.device("cpu")):
+        ways["ours, bf16"] = ours("bf16")
     seconds = {name: [] for name in ways}
     for _ in range(rounds):
         for name, update in ways.items():
@@ -104,7 +107,7 @@ def main(rounds):
     median = {name: statistics.median(taken) for name, taken in seconds.items()}
     for name, taken in seconds.items():
         print(f"{name}: median {median[name]:.1f} s ({min(taken):.1f}-{max(taken):.1f}), "
-              f"{median[name] / median['Hugging Face']:.2f} of Hugging Face's")
+              f"{median[name] / median['Hugging Face, fp32']:.2f} of Hugging Face's")
     print("peak memory of the process: "
           f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10:.0f} MiB")
 

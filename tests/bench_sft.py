@@ -1,7 +1,7 @@
 """Instruction tuning beside Hugging Face's Trainer: python tests/bench_sft.py [rounds].
 
-Alpaca records of at most 128 tokens, 6 layers of width 384, one thread, AdamW, fp32. Ours packs conversations
-into rows of 512; the Trainer pads each to 128, as the tutorial does. Interleaved; real tokens (no padding) a
+Alpaca records of at most 128 tokens, 6 layers of width 384, one thread, AdamW; fp32, ours also in bf16 where the
+CPU computes in it. Ours packs conversations into rows of 512; the Trainer pads each to 128, as the tutorial does. Interleaved; real tokens (no padding) a
 second, medians.
 """
 
@@ -24,6 +24,7 @@ import transformers
 
 from bench import PRESETS, BenchConfig, llama, model_config, trainer
 from model import IGNORE_INDEX, LanguageModel
+from optim import computes_bf16
 from records import conversation_rows, pack, read_conversations
 from test_tokenizer import DATA
 from tokenizer import Tokenizer
@@ -43,8 +44,10 @@ def main(rounds):
              if len(item.ids) <= LONGEST]
     print(f"{len(items):,} records of {np.mean([len(item.ids) for item in items]):.1f} tokens on average",
           flush=True)
-    ways = {"ours, packed, compiled": ours(items, True), "ours, packed, eager": ours(items, False),
-            "Trainer, padded to 128": theirs(items)}
+    ways = {"Trainer, padded to 128, fp32": theirs(items)}
+    for dtype in [torch.float32] + [torch.bfloat16] * computes_bf16(torch.device("cpu")):
+        for kind, compiled in (("compiled", True), ("eager", False)):
+            ways[f"ours, packed, {kind}, {dtype}"] = ours(items, compiled, dtype)
     speeds = {name: [] for name in ways}
     for work in ways.values():
         work(1)
@@ -53,7 +56,7 @@ def main(rounds):
             started = time.perf_counter()
             speeds[name].append(work(STEPS) / (time.perf_counter() - started))
         print("  ".join(f"{name} {taken[-1]:.0f}" for name, taken in speeds.items()), flush=True)
-    slowest = statistics.median(speeds["Trainer, padded to 128"])
+    slowest = statistics.median(speeds["Trainer, padded to 128, fp32"])
     for name, taken in speeds.items():
         median = statistics.median(taken)
         print(f"{name}: {median:.0f} real tokens/s ({min(taken):.0f}-{max(taken):.0f}), "
@@ -64,7 +67,7 @@ def byte_tokenizer():
     return Tokenizer([])
 
 
-def ours(items, compiled):
+def ours(items, compiled, dtype):
     """A function that takes n steps and returns the real tokens in them."""
     rows = pack(items, ROW)
     batch, n_real = [], []
@@ -76,7 +79,7 @@ def ours(items, compiled):
 
     def loss_of(model, ids, targets, doc_ids):
         return model(ids, targets, doc_ids)
-    step = trainer(SETTINGS, Ranks(), LanguageModel(model_config(SETTINGS)), loss_of,
+    step = trainer(SETTINGS, Ranks(dtype=dtype), LanguageModel(model_config(SETTINGS)), loss_of,
                    (ids, targets, doc_ids), compiled)
 
     def work(n):
