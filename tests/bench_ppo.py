@@ -1,9 +1,9 @@
 """An update of PPO beside the same work by Hugging Face's models: python tests/bench_ppo.py [rounds].
 
 Four networks of 6 layers, width 384, vocabulary 4,096; 32 replies of 64 tokens to prompts of 32; 4 passes of
-minibatches of 8; one thread, fp32, ours also in bf16 where the CPU computes in it. Theirs: generate with its cache, log-probs of policy and reference,
-values, scores, then forward, backward and AdamW of policy and value model for each minibatch, all without
-our code. Interleaved; seconds an update, medians.
+minibatches of 8; one thread, fp32, ours also in bf16 where the CPU computes in it. Theirs: generate with its
+cache, log-probs of policy and reference, values, scores, then forward, backward and AdamW of policy and value
+model for each minibatch, all without our code. Interleaved; seconds an update, medians.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Instruction tuning beside Hugging Face's Trainer: python tests/bench_sft.py [rounds].
 
-Alpaca records of at most 128 tokens, 6 layers of width 384, one thread, AdamW; fp32, ours also in bf16 where the
-CPU computes in it. Ours packs conversations into rows of 512; the Trainer pads each to 128, as the tutorial does. Interleaved; real tokens (no padding) a
-second, medians.
+Alpaca records of at most 128 tokens, 6 layers of width 384, one thread, AdamW; fp32, ours also in bf16 where
+the CPU computes in it. Ours packs conversations into rows of 512; the Trainer pads each to 128, as the
+tutorial does. Interleaved; real tokens (no padding) a second, medians.
 """
 
 import os
