@@ -38,8 +38,8 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
 PRESETS = {
     "demo": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10,
                  eval_every=50, save_every=100),
-    "results": dict(batch_size=32, score_coef=1.0, optimizer="muon", learning_rate=4e-3, warmup_steps=10,
-                    eval_every=50, save_every=100),
+    "results": dict(batch_size=32, score_coef=1.0, token_coef=1.0, optimizer="muon", learning_rate=4e-3,
+                    warmup_steps=10, eval_every=50, save_every=100),
     "smoke": dict(batch_size=8, epochs=0, max_steps=6, warmup_steps=2, eval_every=3, save_every=3,
                   log_every=2,
                   bootstrap=50),
@@ -67,6 +67,8 @@ class RewardConfig(TrainingConfig):
     pair_coef: float = option(1.0, "weight of the comparisons: all pairs of a prompt with unequal ranks or "
                                    "scores")
     score_coef: float = option(0.0, "weight of the squared error on ratings, which are z-scored")
+    token_coef: float = option(0.0, "weight of that error at every token of a rated reply, as verifiers "
+                                    "learn (Cobbe et al. 2021)")
     max_comparisons: int = option(0, "learn from the first prompts that hold so many pairs; 0 = from all")
     curve: str = option("", "before, learn from fewer comparisons, such as 200,1000, and tell what each "
                             "reaches")
@@ -103,7 +105,7 @@ def main(config):
 def train(config, ranks):
     """The run: what is needed, then the loop, at its end the report; returns the model."""
     micro_batch_size = check(config, ranks)
-    at_least(0, config, "epochs", "pair_coef", "score_coef", "max_comparisons")
+    at_least(0, config, "epochs", "pair_coef", "score_coef", "token_coef", "max_comparisons")
     model_config, tokenizer = checkpoint.source(config, ranks.say)
     data, config = open_data(config, model_config, tokenizer, ranks)
     torch.manual_seed(draw_seed(config.seed, "init"))
@@ -189,18 +191,34 @@ def loss_function(config, prompts, batch, scale, ranks):
     """
     n_compared = max(1, sum(len(prompt.rankings) for prompt in batch))
     n_rated = max(1, sum(len(prompt.scores) for prompt in batch))
+    n_tokens = max(1, sum(prompt.lengths[i] for prompt in batch for i, _ in prompt.scores))
     mean, sd = scale
 
     def loss_of(model, numbers):
         mine = [prompts[i] for i in numbers.tolist()]
         ids, doc_ids, row, last = packed_replies([ids for prompt in mine for ids in prompt.ids],
                                                  config.max_seq_len, ranks.device)
-        scores = model(ids, doc_ids)[row, last]                 # one a reply
+        values = model(ids, doc_ids)                            # (B, T)
+        scores = values[row, last]                              # one a reply
         table, places, rated = (x.to(ranks.device) for x in tables(mine))
         pairs, _ = preference_loss(scores[places], table)
-        errors, _ = score_loss(scores[rated[0].long()], (rated[1] - mean) / sd)
-        return config.pair_coef / n_compared * pairs + config.score_coef / n_rated * errors, 1
+        who, marks = rated[0].long(), (rated[1] - mean) / sd
+        errors, _ = score_loss(scores[who], marks)
+        loss = config.pair_coef / n_compared * pairs + config.score_coef / n_rated * errors
+        if config.token_coef:
+            lengths = torch.tensor([n for prompt in mine for n in prompt.lengths], device=ranks.device)[who]
+            which, at = every_token(last[who], lengths)
+            errors, _ = score_loss(values[row[who][which], at], marks[which])
+            loss = loss + config.token_coef / n_tokens * errors
+        return loss, 1
     return loss_of
+
+
+def every_token(last, lengths):
+    """Whose each token of replies that end at `last` is, and its place; last, lengths (N,), both (sum,)."""
+    which = torch.arange(len(last), device=last.device).repeat_interleave(lengths)
+    left = lengths.cumsum(0)[which] - torch.arange(len(which), device=last.device)      # to the end, and one
+    return which, last[which] + 1 - left
 
 
 def tables(prompts):

@@ -27,6 +27,7 @@ from batches import score_replies
 from bench import PRESETS, BenchConfig, llama, model_config
 from model import LanguageModel, ScalarModel
 from optim import computes_bf16
+from training import Ranks, autocast
 
 B, PROMPT, REPLY, EPOCHS, MINI = 32, 32, 64, 4, 8
 SETTINGS = BenchConfig(**PRESETS["6x384"])
@@ -39,13 +40,16 @@ def ours(dtype):
         kind(shape) for kind in (LanguageModel, LanguageModel, ScalarModel, ScalarModel))
     config = ppo.PPOConfig(batch_size=B, num_ppo_epochs=EPOCHS, num_mini_batches=B // MINI,
                            response_length=REPLY, max_steps=1, warmup_steps=0, missing_eos_penalty=0,
-                           device="cpu", dtype=dtype, learning_rate=1e-5)
-    prompts = torch.randint(SETTINGS.vocab_size - 1, (B, PROMPT)).tolist()
+                           device="cpu", learning_rate=1e-5)
+    prompts, ranks = torch.randint(SETTINGS.vocab_size - 1, (B, PROMPT)).tolist(), Ranks(dtype=dtype)
+
+    def score(prompts, replies):
+        with autocast(ranks):
+            return score_replies(judge, prompts, [reply[:-1] for reply in replies], 4095)
 
     def update():
-        ppo.train(config, policy, reference, value_model, prompts,
-                  lambda p, r: score_replies(judge, p, [x[:-1] for x in r], 4095),
-                  SETTINGS.vocab_size, log=lambda *_: None)
+        ppo.train(config, policy, reference, value_model, prompts, score, SETTINGS.vocab_size,
+                  log=lambda *_: None, ranks=ranks)
     return update
 
 
@@ -94,9 +98,9 @@ def theirs():
 def main(rounds):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    ways = {"ours, fp32": ours("fp32"), "Hugging Face, fp32": theirs()}
+    ways = {"ours, fp32": ours(torch.float32), "Hugging Face, fp32": theirs()}
     if computes_bf16(torch.device("cpu")):
-        ways["ours, bf16"] = ours("bf16")
+        ways["ours, bf16"] = ours(torch.bfloat16)
     seconds = {name: [] for name in ways}
     for _ in range(rounds):
         for name, update in ways.items():

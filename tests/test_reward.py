@@ -281,6 +281,34 @@ def test_both_losses_add_up(ready, tmp_path):
     assert both == pytest.approx(2 * pairs + 0.5 * scores, rel=1e-5)
 
 
+def test_the_error_at_every_token_by_loops(ready, tmp_path):
+    records = [{"input": f"Say {w} {i}", "outputs": [{"response": f"{w} and {w}", "score": 5},
+                                                     {"response": "no", "score": i}]}
+               for w in WORDS for i in range(3)]
+    config = config_of(ready, tmp_path / "run", data=write(tmp_path / "marks.jsonl", records), pair_coef=0.0,
+                       score_coef=0.5, token_coef=0.7, val_share=0.2)
+    shape, tokenizer = checkpoint.source(config)
+    data, config = reward.open_data(config, shape, tokenizer, Ranks())
+    torch.manual_seed(0)
+    model, prompts, (mean, sd) = reward.ScalarModel(shape), data["train"], data["scale"]
+    loss_of = reward.loss_function(config, prompts, prompts[:4], data["scale"], Ranks())
+    got = sum(loss_of(model, torch.tensor(numbers))[0] for numbers in ([0, 1], [2, 3]))
+    errors, ends = [], []
+    for prompt in prompts[:4]:
+        for i, score in prompt.scores:
+            values = model(torch.tensor([prompt.ids[i]]))[0]
+            reply = len(tokenizer.encode(prompt.texts[i])) + 1                  # and its end
+            errors += [(value - (score - mean) / sd) ** 2 for value in values[-reply:]]
+            ends.append(errors[-1])
+    assert len({len(prompt.ids[0]) for prompt in prompts[:4]}) > 1
+    wanted = 0.7 * sum(errors) / len(errors) + 0.5 * sum(ends) / len(ends)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    for name, mine, theirs in zip([n for n, _ in model.named_parameters()],
+                                  torch.autograd.grad(got, [*model.parameters()]),
+                                  torch.autograd.grad(wanted, [*model.parameters()])):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_a_resumed_run_is_the_unbroken_run(ready, tmp_path, monkeypatch):
     train(config_of(ready, tmp_path / "whole"), Ranks())
     taken, step = [], reward.clip_and_step
