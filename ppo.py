@@ -35,7 +35,8 @@ from training import (RESUMABLE, MetricLog, NonFinite, Ranks, Stop, TrainingConf
 
 PRESETS = {
     "demo": dict(batch_size=64, max_steps=30, learning_rate=3e-4, save_every=10),
-    "results": dict(batch_size=128, max_steps=24, learning_rate=3e-4, save_every=12, keep_every=2),
+    "results": dict(batch_size=128, max_steps=36, num_ppo_epochs=2, learning_rate=3e-4, save_every=12,
+                    keep_every=3),
     "smoke": dict(batch_size=8, max_steps=3, num_ppo_epochs=2, response_length=8, save_every=2, log_every=1),
 }
 

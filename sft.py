@@ -35,8 +35,8 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
 PRESETS = {
     "demo": dict(batch_size=8, epochs=0, max_steps=300, learning_rate=5e-3, warmup_steps=20, eval_every=150,
                  save_every=150, compile=False),
-    "results": dict(batch_size=16, epochs=0, max_steps=2000, learning_rate=2.5e-3, warmup_steps=30,
-                    eval_every=500, save_every=500),
+    "results": dict(batch_size=16, epochs=0, max_steps=2600, learning_rate=2.5e-3, warmup_steps=30,
+                    eval_every=500, save_every=500, compile=False),
     "tutorial": dict(max_seq_len=128, packing=False, batch_size=8, epochs=3, by_epoch=True, optimizer="adamw",
                      learning_rate=5e-5, weight_decay=0.01, log_every=10),
     "smoke": dict(max_steps=6, epochs=0, batch_size=4, eval_every=3, save_every=3, warmup_steps=2,

@@ -29,7 +29,7 @@ CHARACTER = "kind", "trait", "home", "likes"
 FACT_NAMES = {"en": dict(zip(CHARACTER, ("kind", "character", "home", "favourite food"))),
               "zh": dict(zip(CHARACTER, ("种类", "性格", "住处", "最爱吃的")))}
 WRITERS = 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3        # faults that writers make in a tale; each as likely
-FAULTS = "forget", "stray", "repeat", *["break off"] * 5, *["ramble"] * 6
+FAULTS = "forget", "stray", "repeat", "repeat", *["break off"] * 10, *["ramble"] * 12
 SAID = 40_000           # training records whose words the tokenizer learns: 10 MB beside the tales' 80
 
 
