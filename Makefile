@@ -51,7 +51,7 @@ KIND := rubric
 JUDGED ?= 1000
 EXAMPLES ?= 150000
 BEST_OF ?= 16
-BASE := lists
+BASE := copying
 endif
 MEGABYTES ?= 4
 VOCAB ?= 4096
@@ -136,9 +136,9 @@ $(OUT)/tales.txt: $(OUT)/pretrain/.done
 	$(if $(DATA),,$(PY) -m data.world --recognise $@.part --tales 10)
 	mv $@.part $@
 
-# A first lesson of lists alone: copying out of a text is learnt from many places to copy, or not at all (LOG.md).
-$(OUT)/lists/.done: $(OUT)/pretrain/.done $(ASKED)/.done
-	$(call stage,$(OUT)/lists,sft.py,--init_from $(OUT)/pretrain --data $(ASKED)/lists_train.jsonl --max_steps 160)
+# A first lesson of little but copying: that is learnt from many places to copy, or not at all (LOG.md).
+$(OUT)/copying/.done: $(OUT)/pretrain/.done $(ASKED)/.done
+	$(call stage,$(OUT)/copying,sft.py,--init_from $(OUT)/pretrain --data $(ASKED)/copying_train.jsonl --max_steps 400)
 
 $(OUT)/sft/.done: $(OUT)/tales.txt $(ASKED)/.done $(OUT)/$(BASE)/.done
 	$(call stage,$(OUT)/sft,sft.py,--init_from $(OUT)/$(BASE) --data $(ASKED)/sft_train.jsonl \

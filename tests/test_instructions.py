@@ -9,7 +9,7 @@ from records import to_messages
 from cli import UserError
 from data.instructions import SHARES, InstructionsConfig, example, plan, write_files
 from data.rules import LANGUAGES, load
-from data.world import split_of
+from data.world import sentences, split_of
 
 FORMATS = {"tale": {"instruction", "output"}, "summary": {"instruction", "input", "output"},
            "list": {"instruction", "input", "output"}, "continue": {"prompt", "completion"},
@@ -39,7 +39,7 @@ def test_what_is_said_is_there_as_text(written):
 def test_every_file_is_there(written):
     assert sorted(written) == sorted([f"{kind}_{split}.jsonl" for kind in ("sft", "eval", "prompts")
                                       for split in ("train", "val")]
-                                     + ["lists_train.jsonl", "requests.jsonl", "said_train.txt"])
+                                     + ["copying_train.jsonl", "requests.jsonl", "said_train.txt"])
     assert len(written["sft_train.jsonl"]) == 220 and len(written["prompts_train.jsonl"]) == 40
     ids = [r["id"] for r in written["requests.jsonl"]]
     assert len(set(ids)) == len(ids)
@@ -48,10 +48,21 @@ def test_every_file_is_there(written):
     assert all(set(r) == {"id", "messages"} for r in written["prompts_val.jsonl"])
     assert all(set(r) == {"id", "task", "language", "messages", "references", "labels"}
                for r in written["eval_val.jsonl"])
-    assert len(written["lists_train.jsonl"]) == 15
-    assert all(isinstance(r["output"], list) for r in written["lists_train.jsonl"])
+    lists = [isinstance(r["output"], list) for r in written["copying_train.jsonl"]]
+    assert len(lists) == 44 and sum(lists) == pytest.approx(44 / 3, abs=2)
     for record in written["eval_val.jsonl"]:
         assert record["messages"][-1]["role"] == "user" and all(record["references"])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_an_opening_ends_with_the_sentence_that_names_the_place(language):
+    for seed in range(60):
+        found = example(seed, "opening", language, "train")
+        assert found.request["task"] == "tale" and "place" in found.request["elements"]
+        reply = to_messages(found.record)[-1]["content"]
+        parts = sentences(reply, language)
+        names = set(load().row("place", found.request["facts"]["place"])[language].values())
+        assert [any(name.lower() in part.lower() for name in names) for part in parts] == [False] * (len(parts) - 1) + [True]
 
 
 @pytest.mark.parametrize("task", ["who", "where", "what", "list", "summary"])
