@@ -395,8 +395,8 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, stream, weight, targets):
         x, w = (tensor.to(work_type(weight)) for tensor in (stream, weight))
         # Positions with nothing to learn are left out; a compiled graph, whose shapes are fixed, reads all.
-        learnt, keep = targets != IGNORE_INDEX, not torch.compiler.is_compiling()
-        if keep:
+        learnt, eager = targets != IGNORE_INDEX, not torch.compiler.is_compiling()
+        if eager:
             x, targets = x[learnt], targets[learnt]
         counts = (targets != IGNORE_INDEX)[:, None]
         targets = targets[:, None].where(counts, 0)
@@ -410,7 +410,7 @@ class HeadLoss(torch.autograd.Function):
             d_logits = logp.exp_().scatter_add_(1, targets[part], -torch.ones_like(logp[:, :1])).to(x.dtype)
             d_stream[part] = (d_logits @ w) * counts[part]
             d_weight += d_logits.mT @ (x[part] * counts[part])
-        if keep:
+        if eager:
             d_stream = torch.zeros_like(stream, dtype=x.dtype).masked_scatter(learnt[:, None], d_stream)
         ctx.save_for_backward(d_stream, d_weight)
         return total
