@@ -138,7 +138,7 @@ $(OUT)/tales.txt: $(OUT)/pretrain/.done
 
 # A first lesson of little but copying: that is learnt from many places to copy, or not at all (LOG.md).
 $(OUT)/copying/.done: $(OUT)/pretrain/.done $(ASKED)/.done
-	$(call stage,$(OUT)/copying,sft.py,--init_from $(OUT)/pretrain --data $(ASKED)/copying_train.jsonl --max_steps 400)
+	$(call stage,$(OUT)/copying,sft.py,--init_from $(OUT)/pretrain --data $(ASKED)/copying_train.jsonl --max_steps 600)
 
 $(OUT)/sft/.done: $(OUT)/tales.txt $(ASKED)/.done $(OUT)/$(BASE)/.done
 	$(call stage,$(OUT)/sft,sft.py,--init_from $(OUT)/$(BASE) --data $(ASKED)/sft_train.jsonl \

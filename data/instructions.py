@@ -259,7 +259,7 @@ def write_files(config):
     sizes = {("sft", "train"): (config.examples, SHARES), ("sft", "val"): (few, SHARES),
              ("eval", "train"): (few, dict.fromkeys(SHARES, 1)),
              ("eval", "val"): (few, dict.fromkeys(SHARES, 1)),
-             ("copying", "train"): (config.examples // 5, {"list": 1, "opening": 2}),
+             ("copying", "train"): (config.examples // 5, {"list": 1, "opening": 1}),
              ("prompts", "train"): (config.prompts, prompt_shares),
              ("prompts", "val"): (max(config.prompts * 4 // 10, min(1_000, config.prompts)), prompt_shares)}
     start = config.seed
