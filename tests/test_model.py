@@ -273,6 +273,12 @@ def decode(lm, cache, ids, n):
     return logits
 
 
+@pytest.fixture(autouse=True)
+def small_cache_blocks(monkeypatch):
+    """So that a cache of these short texts grows."""
+    monkeypatch.setattr(model, "CACHE_BLOCK", 4)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("blocks", [[1] * 12, [5, 1, 4, 2], [12], [11, 1]], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
