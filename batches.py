@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from cli import UserError
-from model import token_loss
+from model import IGNORE_INDEX, token_loss
 
 META_KEYS = {"vocab_size": int, "dtype": str, "tokenizer_sha256": str, "files": list}
 FILE_KEYS = {"name": str, "split": str, "language": str, "tokens": int, "documents": int}
@@ -260,35 +260,40 @@ def joined(prompt, reply, max_tokens):
     return [*prompt[max(0, len(prompt) - room):], *reply]
 
 
-def packed_replies(texts, max_seq_len, device=None):
-    """Rows of whole texts (lists of ids): ids, doc_ids (B, T), and each text's row and last place, (N,)."""
+def packed_replies(texts, lengths, max_seq_len, device=None):
+    """Rows of whole texts (lists of ids) that end in replies of `lengths`: ids, doc_ids, targets (B, T), and each
+    text's row and last place, (N,). targets: the next token where that is of a reply, else IGNORE_INDEX."""
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     rows = first_fit([len(texts[i]) for i in order], max_seq_len)
     ids, doc_ids = (torch.zeros(len(rows), max_seq_len, dtype=torch.int64) for _ in range(2))
+    targets = torch.full_like(ids, IGNORE_INDEX)
     where = torch.zeros(2, len(texts), dtype=torch.int64)
     for b, row in enumerate(rows):
         at = 0
         for number, i in enumerate((order[j] for j in row), 1):
             end = at + len(texts[i])
             ids[b, at:end], doc_ids[b, at:end] = torch.tensor(texts[i]), number
+            start = max(at, end - lengths[i] - 1)                   # the token before the reply
+            targets[b, start:end - 1] = ids[b, start + 1:end]
             where[:, i], at = torch.tensor([b, end - 1]), end
-    return tuple(x.to(device) for x in (ids, doc_ids, *where))
+    return tuple(x.to(device) for x in (ids, doc_ids, targets, *where))
 
 
 @torch.no_grad()
-def score_texts(model, texts, rows_at_once=32):
-    """What a ScalarModel says at the last token of each text, (N,) fp32; texts: lists of ids."""
+def score_texts(model, texts, lengths, rows_at_once=32):
+    """What a ScalarModel says at the last token of each text, (N,) fp32; as packed_replies takes them."""
     device, T = next(model.parameters()).device, model.config.max_seq_len
-    ids, doc_ids, row, last = packed_replies(texts, T, device)
+    ids, doc_ids, targets, row, last = packed_replies(texts, lengths, T, device)
     model.eval()
-    found = [model(*part) for part in zip(ids.split(rows_at_once), doc_ids.split(rows_at_once))]
+    found = [model(*part) for part in zip(*(x.split(rows_at_once) for x in (ids, doc_ids, targets)))]
     return torch.cat(found)[row, last]
 
 
 def score_replies(model, prompts, replies, eos_id):
     """score_texts of replies to prompts, lists of ids; one without its end is read as if it ended there."""
-    return score_texts(model, [joined(p, r if r[-1] == eos_id else [*r, eos_id], model.config.max_seq_len)
-                               for p, r in zip(prompts, replies)])
+    replies = [reply if reply[-1] == eos_id else [*reply, eos_id] for reply in replies]
+    return score_texts(model, [joined(p, r, model.config.max_seq_len) for p, r in zip(prompts, replies)],
+                       [len(reply) for reply in replies])
 
 
 # ---- bits per byte over whole documents

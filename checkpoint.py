@@ -248,7 +248,9 @@ def load_model(path, device="cpu"):
     path = resolve(path)
     record = read_config(path)
     state = torch.load(path / "model.pt", map_location=device, weights_only=True)
-    model = (ScalarModel if "score.weight" in state else LanguageModel)(model_config(record["config"]))
+    shape = model_config(record["config"])
+    model = (ScalarModel(shape, record["config"].get("likelihood_coef", 0.0)) if "score.weight" in state
+             else LanguageModel(shape))
     load_weights(model, state, path)
     return model.to(device).eval(), Tokenizer.load(path / "tokenizer"), record
 
@@ -256,12 +258,14 @@ def load_model(path, device="cpu"):
 def load_weights(model, state, path):
     """Put a state dict into a model; a name or shape that does not fit is named.
 
-    A ScalarModel takes the stream of a language model and keeps its own head.
+    A ScalarModel takes of a language model what it shares with it, the stream and perhaps the language head, and
+    keeps its own head; of another ScalarModel it need not take the language head.
     """
     own = model.state_dict()
-    if "score.weight" in own and "score.weight" not in state:
-        stream = {name: weight for name, weight in state.items() if name.startswith("model.")}
-        state = {name: weight for name, weight in own.items() if not name.startswith("model.")} | stream
+    if "score.weight" in own:
+        kept = {} if "score.weight" in state else {name: weight for name, weight in own.items() if "score" in name}
+        state = kept | {name: weight for name, weight in state.items()
+                        if name in own or name != "lm_head.weight"}
     for name in sorted(own.keys() | state.keys()):
         here, there = (tuple(s[name].shape) if name in s else "absent" for s in (own, state))
         if here != there:

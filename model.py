@@ -316,25 +316,59 @@ class LanguageModel(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """One number a position, from the same stream: a reward model reads the last one, a value model all."""
+    """One number a position, from the same stream: a reward model reads the last one, a value model all.
 
-    def __init__(self, config):
+    With a likelihood_coef it keeps the language head and adds that times the mean log-probability of the reply's
+    tokens (Meng et al. 2024, eq. 4): how likely a token was is known at the token before it, and a scalar head
+    learns nearly nothing of it from a few thousand judgements (LOG.md).
+    """
+
+    def __init__(self, config, likelihood_coef=0.0):
         super().__init__()
-        self.config = config
+        self.config, self.likelihood_coef = config, likelihood_coef
         self.model = Transformer(config)
         self.score = nn.Linear(config.d_model, 1, bias=False)
+        if likelihood_coef and not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.register_buffer("score_mean", torch.tensor(0.0))
         self.register_buffer("score_std", torch.tensor(1.0))
         init_weights(self, config)
 
-    def forward(self, ids, doc_ids=None):
-        """Give (B, T): the head's output, normalised by the buffers, in fp32."""
-        raw = self.score(self.model(ids, doc_ids)).squeeze(-1).float()
+    def forward(self, ids, doc_ids=None, targets=None):
+        """Give (B, T): the head's output, normalised by the buffers, in fp32.
+
+        targets (B, T), needed with a likelihood_coef: the next token where that is of the reply, else
+        IGNORE_INDEX. Every position of a document gets the likelihood of its whole reply.
+        """
+        stream = self.model(ids, doc_ids)
+        raw = self.score(stream).squeeze(-1).float()
+        if self.likelihood_coef:
+            raw = raw + self.likelihood_coef * self.mean_logprob(stream, targets, doc_ids)
         return (raw - self.score_mean) / self.score_std
 
-    def score_response(self, ids, lengths):
-        """Give (B,): the number at each row's last real token; ids (B, T) padded right, lengths (B,)."""
-        return self(ids).gather(1, (lengths - 1)[:, None]).squeeze(1)
+    def mean_logprob(self, stream, targets, doc_ids=None):
+        """Give (B, T): at every position the mean log-probability, nats, of its document's targets, 0 for none."""
+        said = targets != IGNORE_INDEX
+        head = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
+        logits = F.linear(stream[said], head.weight).float()
+        logprobs = torch.zeros(said.shape, device=stream.device)
+        logprobs[said] = -F.cross_entropy(logits, targets[said], reduction="none")
+        doc_ids = torch.zeros_like(targets) if doc_ids is None else doc_ids.long()
+        sums, counts = (torch.zeros(len(x), int(doc_ids.max()) + 1, device=x.device).scatter_add(1, doc_ids, x)
+                        for x in (logprobs, said.float()))
+        return (sums / counts.clamp(min=1)).gather(1, doc_ids)
+
+    def score_response(self, ids, lengths, reply_lengths=None):
+        """Give (B,): the number at each row's last real token; ids (B, T) padded right, lengths (B,).
+
+        reply_lengths (B,), needed with a likelihood_coef: how many of them are the reply, its end included.
+        """
+        targets = None
+        if reply_lengths is not None:
+            at = torch.arange(1, ids.shape[1] + 1, device=ids.device)           # place of the next token
+            reply = (at >= (lengths - reply_lengths)[:, None]) & (at < lengths[:, None])
+            targets = ids.roll(-1, 1).where(reply, IGNORE_INDEX)
+        return self(ids, targets=targets).gather(1, (lengths - 1)[:, None]).squeeze(1)
 
 
 @torch.no_grad()

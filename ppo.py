@@ -554,7 +554,10 @@ def prepare(config, ranks):
         raise UserError(f"--reward_model {config.reward_model} failed its gate ({why}): its score is within "
                         f"noise of chance; give it more or clearer judgements, or --force")
     value_model = ScalarModel(reward_model.config).to(ranks.device)
-    value_model.load_state_dict(reward_model.state_dict())
+    checkpoint.load_weights(value_model, reward_model.state_dict(), config.reward_model)
+    if reward_model.likelihood_coef:            # its scalar head alone is not the score; 0 is the scores' mean
+        nn.init.zeros_(value_model.score.weight)
+        value_model.score_mean.fill_(0.0), value_model.score_std.fill_(1.0)
     prompts, texts = encode_prompts(config.data, tokenizer)
     score = (function_score(config.reward_fn, texts, tokenizer) if config.reward_fn
              else model_score(reward_model, tokenizer.im_end_id))

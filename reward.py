@@ -38,8 +38,7 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
 PRESETS = {
     "demo": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10,
                  eval_every=50, save_every=100),
-    "results": dict(batch_size=32, score_coef=1.0, token_coef=1.0, optimizer="muon", learning_rate=4e-3,
-                    warmup_steps=10, eval_every=50, save_every=100),
+    "results": dict(batch_size=32, likelihood_coef=4.0, learning_rate=3e-4, eval_every=50, save_every=100),
     "smoke": dict(batch_size=8, epochs=0, max_steps=6, warmup_steps=2, eval_every=3, save_every=3,
                   log_every=2,
                   bootstrap=50),
@@ -67,6 +66,8 @@ class RewardConfig(TrainingConfig):
     pair_coef: float = option(1.0, "weight of the comparisons: all pairs of a prompt with unequal ranks or "
                                    "scores")
     score_coef: float = option(0.0, "weight of the squared error on ratings, which are z-scored")
+    likelihood_coef: float = option(0.0, "times the reply's mean log-probability, which the language head tells, "
+                                         "is part of the score (Meng et al. 2024); 0 = the scalar head alone")
     token_coef: float = option(0.0, "weight of that error at every token of a rated reply, as verifiers "
                                     "learn (Cobbe et al. 2021)")
     max_comparisons: int = option(0, "learn from the first prompts that hold so many pairs; 0 = from all")
@@ -109,7 +110,7 @@ def train(config, ranks):
     model_config, tokenizer = checkpoint.source(config, ranks.say)
     data, config = open_data(config, model_config, tokenizer, ranks)
     torch.manual_seed(draw_seed(config.seed, "init"))
-    model = ScalarModel(replace(model_config, max_seq_len=config.max_seq_len)).to(ranks.device)
+    model = ScalarModel(replace(model_config, max_seq_len=config.max_seq_len), config.likelihood_coef).to(ranks.device)
     optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.beta1, config.beta2,
                                config.eps, config.weight_decay)
     scaler, skip, sizes = (loss_scaler(ranks), intervals(config.skip_steps),
@@ -147,7 +148,7 @@ def train(config, ranks):
             extra = {}
             if finished:
                 found = judge(model, data["val"], config.bootstrap)
-                normalize(model, data["normal"])
+                normalize(model, *data["normal"])
                 extra = {"reward": conclude(config, found, data, log, ranks)}
             if finished or stopped or (step + 1) % config.save_every == 0:
                 checkpoint.save_run("reward", config, model, optimizer, scaler, tokenizer, state, ranks,
@@ -196,9 +197,9 @@ def loss_function(config, prompts, batch, scale, ranks):
 
     def loss_of(model, numbers):
         mine = [prompts[i] for i in numbers.tolist()]
-        ids, doc_ids, row, last = packed_replies([ids for prompt in mine for ids in prompt.ids],
-                                                 config.max_seq_len, ranks.device)
-        values = model(ids, doc_ids)                            # (B, T)
+        texts, lengths = joined_up((prompt.ids, prompt.lengths) for prompt in mine)
+        ids, doc_ids, targets, row, last = packed_replies(texts, lengths, config.max_seq_len, ranks.device)
+        values = model(ids, doc_ids, targets)                   # (B, T)
         scores = values[row, last]                              # one a reply
         table, places, rated = (x.to(ranks.device) for x in tables(mine))
         pairs, _ = preference_loss(scores[places], table)
@@ -206,8 +207,7 @@ def loss_function(config, prompts, batch, scale, ranks):
         errors, _ = score_loss(scores[who], marks)
         loss = config.pair_coef / n_compared * pairs + config.score_coef / n_rated * errors
         if config.token_coef:
-            lengths = torch.tensor([n for prompt in mine for n in prompt.lengths], device=ranks.device)[who]
-            which, at = every_token(last[who], lengths)
+            which, at = every_token(last[who], torch.tensor(lengths, device=ranks.device)[who])
             errors, _ = score_loss(values[row[who][which], at], marks[which])
             loss = loss + config.token_coef / n_tokens * errors
         return loss, 1
@@ -281,16 +281,16 @@ def read_prompts(spec, tokenizer, max_tokens, config, say=print):
 def add_record(found, record, tokenizer, max_tokens, copies):
     """Put a record's replies and judgements to those of its prompt, a new one if it has not been seen."""
     comparison = to_comparison(record)
-    whole = with_prompt(comparison.messages, comparison.replies, tokenizer, max_tokens)
+    whole, lengths = with_prompt(comparison.messages, comparison.replies, tokenizer, max_tokens)
     key = json.dumps(comparison.messages, ensure_ascii=False)
     prompt = found.setdefault(key if comparison.messages else comparison.replies[0],
                               Prompt([], [], [], [], []))
     places = []
-    for text, ids in zip(comparison.replies, whole):
+    for text, ids, n in zip(comparison.replies, whole, lengths):
         if ids not in prompt.ids:
             prompt.ids.append(ids)
             prompt.texts.append(text)
-            prompt.lengths.append(len(tokenizer.encode(text.strip())) + 1)
+            prompt.lengths.append(n)
         places.append(prompt.ids.index(ids))
     ranks, scores = comparison.ranks, comparison.scores
     if ranks is None and len(whole) > 1:
@@ -302,10 +302,19 @@ def add_record(found, record, tokenizer, max_tokens, copies):
 
 
 def with_prompt(messages, replies, tokenizer, max_tokens):
-    """Ids of each reply with its prompt before it and its end."""
+    """Ids of each reply with its prompt before it and its end, and the lengths of the replies alone."""
     asked = tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
-    return [joined(asked, [*tokenizer.encode(text.strip()), tokenizer.im_end_id], max_tokens)
-            for text in replies]
+    replies = [[*tokenizer.encode(text.strip()), tokenizer.im_end_id] for text in replies]
+    return [joined(asked, reply, max_tokens) for reply in replies], [len(reply) for reply in replies]
+
+
+def joined_up(parts):
+    """(texts, lengths) of all together; parts: such pairs of lists."""
+    texts, lengths = [], []
+    for some, of_those in parts:
+        texts += some
+        lengths += of_those
+    return texts, lengths
 
 
 def add_ratings(found, path, samples, tokenizer, max_tokens, say):
@@ -325,7 +334,7 @@ def add_ratings(found, path, samples, tokenizer, max_tokens, say):
 
 
 def open_data(config, model_config, tokenizer, ranks):
-    """({"train", "val": [Prompt], "scale": (mean, sd) of ratings, "normal": texts}, the config filled in)."""
+    """({"train", "val": [Prompt], "scale": (mean, sd) of ratings, "normal": (texts, lengths)}, the config filled in)."""
     T = config.max_seq_len or model_config.max_seq_len
     found = read_prompts(config.data, tokenizer, T, config, ranks.say) if config.data else {}
     samples = ratings.read_samples(config.normalize_on) if config.normalize_on else {}
@@ -354,14 +363,12 @@ def open_data(config, model_config, tokenizer, ranks):
                         "anything to judge by; give --val_data or more --val_share")
     scores = [score for prompt in train for _, score in prompt.scores]
     scale = (float(np.mean(scores)), float(np.std(scores)) or 1.0) if scores else (0.0, 1.0)
-    normal = [ids for prompt in train for ids in prompt.ids]
+    normal = joined_up((prompt.ids, prompt.lengths) for prompt in train)
     if config.normalize_on:
-        normal = []
-        for sample in samples.values():
-            normal += with_prompt(sample["messages"], [reply["text"] for reply in sample["replies"]],
-                                  tokenizer, T)
-        if len(normal) < 2:
-            raise UserError(f"{config.normalize_on}: {len(normal)} replies are too few to normalise on")
+        normal = joined_up(with_prompt(sample["messages"], [reply["text"] for reply in sample["replies"]],
+                                       tokenizer, T) for sample in samples.values())
+        if len(normal[0]) < 2:
+            raise UserError(f"{config.normalize_on}: {len(normal[0])} replies are too few to normalise on")
     steps = max(1, math.ceil(len(train) / config.batch_size))
     ranks.say(f"prompts: {len(train):,} to learn from, {len(val):,} to judge by")
     config = replace(config, max_seq_len=T, **(
@@ -398,10 +405,10 @@ def sizes_of(text):
 
 def judge(model, prompts, n_bootstrap):
     """What the model's scores are worth on prompts it has not seen; the intervals resample the prompts."""
-    texts = [ids for prompt in prompts for ids in prompt.ids]
-    raw = score_texts(model, texts) * model.score_std + model.score_mean
+    texts, lengths = joined_up((prompt.ids, prompt.lengths) for prompt in prompts)
+    raw = score_texts(model, texts, lengths) * model.score_std + model.score_mean
     by_prompt = [part.tolist() for part in raw.split([len(prompt.ids) for prompt in prompts])]
-    found = {"length_correlation": pearson(raw.tolist(), [n for prompt in prompts for n in prompt.lengths])}
+    found = {"length_correlation": pearson(raw.tolist(), lengths)}
     margins = [[scores[a] - scores[b] for a, b in prompt.pairs()] for prompt, scores
                in zip(prompts, by_prompt)]
     if any(margins):
@@ -490,11 +497,11 @@ def baselines(train, val, metric="accuracy"):
             "bag_of_words": quality(table(hold) @ weight.detach(), hold)}
 
 
-def normalize(model, texts):
-    """Set the buffers so that the scores of these texts have mean 0 and standard deviation 1."""
+def normalize(model, texts, lengths):
+    """Set the buffers so that the scores of these texts, as score_texts takes them, have mean 0 and standard deviation 1."""
     model.score_mean.fill_(0.0)
     model.score_std.fill_(1.0)
-    raw = score_texts(model, texts)
+    raw = score_texts(model, texts, lengths)
     model.score_mean.copy_(raw.mean())
     model.score_std.copy_(raw.std().clamp(min=1e-6))
 
@@ -559,7 +566,7 @@ def score_file(config, ranks):
             messages, replies = replies_of(record)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        scores = score_texts(model, with_prompt(messages, replies, tokenizer, model.config.max_seq_len))
+        scores = score_texts(model, *with_prompt(messages, replies, tokenizer, model.config.max_seq_len))
         print(json.dumps({"where": where, "scores": [round(score, 4) for score in scores.tolist()]}))
 
 
