@@ -261,8 +261,11 @@ def joined(prompt, reply, max_tokens):
 
 
 def packed_replies(texts, lengths, max_seq_len, device=None):
-    """Rows of whole texts (lists of ids) that end in replies of `lengths`: ids, doc_ids, targets (B, T), and each
-    text's row and last place, (N,). targets: the next token where that is of a reply, else IGNORE_INDEX."""
+    """Rows of whole texts (lists of ids) that end in replies of these lengths.
+
+    Give ids, doc_ids, targets (B, T), and each text's row and last place, (N,). targets: the next token where
+    that is of a reply, else IGNORE_INDEX.
+    """
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     rows = first_fit([len(texts[i]) for i in order], max_seq_len)
     ids, doc_ids = (torch.zeros(len(rows), max_seq_len, dtype=torch.int64) for _ in range(2))

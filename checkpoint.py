@@ -258,12 +258,12 @@ def load_model(path, device="cpu"):
 def load_weights(model, state, path):
     """Put a state dict into a model; a name or shape that does not fit is named.
 
-    A ScalarModel takes of a language model what it shares with it, the stream and perhaps the language head, and
-    keeps its own head; of another ScalarModel it need not take the language head.
+    A ScalarModel takes what it has a place for, of a language model the stream and perhaps the language head,
+    beside which it keeps its own head.
     """
     own = model.state_dict()
     if "score.weight" in own:
-        kept = {} if "score.weight" in state else {name: weight for name, weight in own.items() if "score" in name}
+        kept = {} if "score.weight" in state else {n: weight for n, weight in own.items() if "score" in n}
         state = kept | {name: weight for name, weight in state.items()
                         if name in own or name != "lm_head.weight"}
     for name in sorted(own.keys() | state.keys()):

@@ -318,9 +318,10 @@ class LanguageModel(nn.Module):
 class ScalarModel(nn.Module):
     """One number a position, from the same stream: a reward model reads the last one, a value model all.
 
-    With a likelihood_coef it keeps the language head and adds that times the mean log-probability of the reply's
-    tokens (Meng et al. 2024, eq. 4): how likely a token was is known at the token before it, and a scalar head
-    learns nearly nothing of it from a few thousand judgements (LOG.md).
+    With a likelihood_coef it keeps the language head, too, and the score of a reply is its last number plus
+    that times the mean log-probability of its tokens (Meng et al. 2024, eq. 4). How likely a token was is
+    known at the token before it; of that a scalar head learns next to nothing from a few thousand judgements
+    (LOG.md).
     """
 
     def __init__(self, config, likelihood_coef=0.0):
@@ -337,26 +338,27 @@ class ScalarModel(nn.Module):
     def forward(self, ids, doc_ids=None, targets=None):
         """Give (B, T): the head's output, normalised by the buffers, in fp32.
 
-        targets (B, T), needed with a likelihood_coef: the next token where that is of the reply, else
-        IGNORE_INDEX. Every position of a document gets the likelihood of its whole reply.
+        targets (B, T), needed with a likelihood_coef: the next token where that is of a reply, else
+        IGNORE_INDEX. After the last one of a document its replies' likelihood is added.
         """
         stream = self.model(ids, doc_ids)
         raw = self.score(stream).squeeze(-1).float()
         if self.likelihood_coef:
-            raw = raw + self.likelihood_coef * self.mean_logprob(stream, targets, doc_ids)
+            raw = raw + self.likelihood_coef * self.mean_logprobs(stream, doc_ids, targets)
         return (raw - self.score_mean) / self.score_std
 
-    def mean_logprob(self, stream, targets, doc_ids=None):
-        """Give (B, T): at every position the mean log-probability, nats, of its document's targets, 0 for none."""
+    def mean_logprobs(self, stream, doc_ids, targets):
+        """Give (B, T): at a document's last target the mean log-probability of all, nats; elsewhere 0."""
         said = targets != IGNORE_INDEX
+        row, t = said.nonzero(as_tuple=True)
         head = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
-        logits = F.linear(stream[said], head.weight).float()
-        logprobs = torch.zeros(said.shape, device=stream.device)
-        logprobs[said] = -F.cross_entropy(logits, targets[said], reduction="none")
-        doc_ids = torch.zeros_like(targets) if doc_ids is None else doc_ids.long()
-        sums, counts = (torch.zeros(len(x), int(doc_ids.max()) + 1, device=x.device).scatter_add(1, doc_ids, x)
-                        for x in (logprobs, said.float()))
-        return (sums / counts.clamp(min=1)).gather(1, doc_ids)
+        logprobs = -F.cross_entropy(F.linear(stream[row, t], head.weight).float(), targets[row, t],
+                                    reduction="none")
+        doc = row if doc_ids is None else row * (doc_ids.max() + 1) + doc_ids[row, t]
+        _, number, counts = doc.unique_consecutive(return_inverse=True, return_counts=True)
+        means = torch.zeros(len(counts), device=stream.device).index_add(0, number, logprobs) / counts
+        last = counts.cumsum(0) - 1
+        return torch.zeros(said.shape, device=stream.device).index_put((row[last], t[last] + 1), means)
 
     def score_response(self, ids, lengths, reply_lengths=None):
         """Give (B,): the number at each row's last real token; ids (B, T) padded right, lengths (B,).

@@ -555,8 +555,7 @@ def prepare(config, ranks):
                         f"noise of chance; give it more or clearer judgements, or --force")
     value_model = ScalarModel(reward_model.config).to(ranks.device)
     checkpoint.load_weights(value_model, reward_model.state_dict(), config.reward_model)
-    if reward_model.likelihood_coef:            # its scalar head alone is not the score; 0 is the scores' mean
-        nn.init.zeros_(value_model.score.weight)
+    if reward_model.likelihood_coef:        # its buffers hold the likelihood, of which values know nothing
         value_model.score_mean.fill_(0.0), value_model.score_std.fill_(1.0)
     prompts, texts = encode_prompts(config.data, tokenizer)
     score = (function_score(config.reward_fn, texts, tokenizer) if config.reward_fn

@@ -38,7 +38,8 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
 PRESETS = {
     "demo": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10,
                  eval_every=50, save_every=100),
-    "results": dict(batch_size=32, likelihood_coef=4.0, learning_rate=3e-4, eval_every=50, save_every=100),
+    "results": dict(batch_size=32, likelihood_coef=4.0, token_coef=0.5, learning_rate=3e-4, eval_every=50,
+                    save_every=100),
     "smoke": dict(batch_size=8, epochs=0, max_steps=6, warmup_steps=2, eval_every=3, save_every=3,
                   log_every=2,
                   bootstrap=50),
@@ -66,8 +67,8 @@ class RewardConfig(TrainingConfig):
     pair_coef: float = option(1.0, "weight of the comparisons: all pairs of a prompt with unequal ranks or "
                                    "scores")
     score_coef: float = option(0.0, "weight of the squared error on ratings, which are z-scored")
-    likelihood_coef: float = option(0.0, "times the reply's mean log-probability, which the language head tells, "
-                                         "is part of the score (Meng et al. 2024); 0 = the scalar head alone")
+    likelihood_coef: float = option(0.0, "weight in the score of the reply's mean log-probability by the "
+                                         "language head (Meng et al. 2024); 0 = the scalar head alone")
     token_coef: float = option(0.0, "weight of that error at every token of a rated reply, as verifiers "
                                     "learn (Cobbe et al. 2021)")
     max_comparisons: int = option(0, "learn from the first prompts that hold so many pairs; 0 = from all")
@@ -106,11 +107,13 @@ def main(config):
 def train(config, ranks):
     """The run: what is needed, then the loop, at its end the report; returns the model."""
     micro_batch_size = check(config, ranks)
-    at_least(0, config, "epochs", "pair_coef", "score_coef", "token_coef", "max_comparisons")
+    at_least(0, config, "epochs", "pair_coef", "score_coef", "token_coef", "likelihood_coef",
+             "max_comparisons")
     model_config, tokenizer = checkpoint.source(config, ranks.say)
     data, config = open_data(config, model_config, tokenizer, ranks)
     torch.manual_seed(draw_seed(config.seed, "init"))
-    model = ScalarModel(replace(model_config, max_seq_len=config.max_seq_len), config.likelihood_coef).to(ranks.device)
+    model = ScalarModel(replace(model_config, max_seq_len=config.max_seq_len),
+                        config.likelihood_coef).to(ranks.device)
     optimizer = make_optimizer(config.optimizer, model, config.learning_rate, config.beta1, config.beta2,
                                config.eps, config.weight_decay)
     scaler, skip, sizes = (loss_scaler(ranks), intervals(config.skip_steps),
@@ -334,7 +337,8 @@ def add_ratings(found, path, samples, tokenizer, max_tokens, say):
 
 
 def open_data(config, model_config, tokenizer, ranks):
-    """({"train", "val": [Prompt], "scale": (mean, sd) of ratings, "normal": (texts, lengths)}, the config filled in)."""
+    """({"train", "val": [Prompt], "scale": (mean, sd) of ratings, "normal": (texts, lengths)}, the config
+    filled in)."""
     T = config.max_seq_len or model_config.max_seq_len
     found = read_prompts(config.data, tokenizer, T, config, ranks.say) if config.data else {}
     samples = ratings.read_samples(config.normalize_on) if config.normalize_on else {}
@@ -498,7 +502,7 @@ def baselines(train, val, metric="accuracy"):
 
 
 def normalize(model, texts, lengths):
-    """Set the buffers so that the scores of these texts, as score_texts takes them, have mean 0 and standard deviation 1."""
+    """Set the buffers so that these texts, given as to score_texts, score 0 on average, deviation 1."""
     model.score_mean.fill_(0.0)
     model.score_std.fill_(1.0)
     raw = score_texts(model, texts, lengths)

@@ -16,7 +16,7 @@ from batches import joined, packed_replies, score_texts
 from cli import UserError
 from feedback import CollectConfig, collect
 from metrics import calibration_error, interval, krippendorff_alpha, nominal, pearson
-from model import ModelConfig, ScalarModel
+from model import IGNORE_INDEX, LanguageModel, ModelConfig, ScalarModel
 from ranks import on_ranks
 from ratings import ASPECTS, append
 from records import to_comparison
@@ -121,19 +121,46 @@ def test_the_interval_covers_the_truth():
 
 # ---- reading replies in rows
 
-def test_scores_are_the_same_alone_and_packed():
+SMALL = dict(vocab_size=50, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=64, max_seq_len=24)
+
+
+@pytest.mark.parametrize("likelihood_coef", [0.0, 3.0])
+def test_scores_are_the_same_alone_and_packed(likelihood_coef):
     torch.manual_seed(0)
-    model = ScalarModel(ModelConfig(vocab_size=50, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=64,
-                                    max_seq_len=24))
+    model = ScalarModel(ModelConfig(**SMALL), likelihood_coef)
     texts = [torch.randint(0, 50, (n,), generator=torch.Generator().manual_seed(n)).tolist()
              for n in (5, 24, 1, 9, 9, 12, 3)]
-    alone = torch.stack([model.score_response(torch.tensor([t]), torch.tensor([len(t)]))[0] for t in texts])
-    torch.testing.assert_close(score_texts(model, texts, rows_at_once=2), alone, rtol=0, atol=1e-6)
+    said = [2, 24, 1, 8, 9, 5, 1]           # 24 and 9 lost their prompt: before their first token is nothing
+    lengths, said_lengths = torch.tensor([len(t) for t in texts]), torch.tensor(said)
+    alone = torch.stack([model.score_response(torch.tensor([t]), torch.tensor([len(t)]), torch.tensor([n]))[0]
+                         for t, n in zip(texts, said)])
+    torch.testing.assert_close(score_texts(model, texts, said, rows_at_once=2), alone, rtol=0, atol=1e-6)
     padded = torch.tensor([t + [7] * (24 - len(t)) for t in texts])
-    torch.testing.assert_close(model.score_response(padded, torch.tensor([len(t) for t in texts])), alone,
-                               rtol=0, atol=1e-6)
-    ids, doc_ids, row, last = packed_replies(texts, 24)
+    torch.testing.assert_close(model.score_response(padded, lengths, said_lengths), alone, rtol=0, atol=1e-6)
+    ids, doc_ids, targets, row, last = packed_replies(texts, said, 24)
     assert all(ids[r, e].item() == t[-1] for t, r, e in zip(texts, row, last)) and len(ids) < len(texts)
+    for text, n, r, e in zip(texts, said, row, last):
+        known = min(n, len(text) - 1)
+        assert targets[r, e - known:e].tolist() == text[len(text) - known:]
+    assert (targets != IGNORE_INDEX).sum() == sum(min(n, len(t) - 1) for t, n in zip(texts, said))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_likelihood_in_a_score_is_the_language_model_s_own(tied):
+    """Token by token, by the language model whose weights it took, without rows, masks or targets."""
+    torch.manual_seed(0)
+    shape = ModelConfig(**SMALL, tie_embeddings=tied)
+    language_model, model = LanguageModel(shape).double(), ScalarModel(shape, 4.0).double()
+    checkpoint.load_weights(model, language_model.state_dict(), "there")
+    prompts, replies = [[3, 4, 5], [9]], [[7, 8, 2], [6, 2]]
+    found = score_texts(model, [p + r for p, r in zip(prompts, replies)], [3, 2])
+    for prompt, reply, score in zip(prompts, replies, found):
+        total, ids = 0.0, list(prompt)
+        for token in reply:
+            total += language_model(torch.tensor([ids]))[0, -1].softmax(-1)[token].log().item()
+            ids.append(token)
+        head = model.score.weight[0] @ model.model(torch.tensor([ids]))[0, -1]
+        assert score.item() == pytest.approx(head.item() + 4.0 * total / len(reply), abs=1e-5)
 
 
 def test_a_long_prompt_loses_its_start_and_the_reply_nothing():
@@ -249,13 +276,13 @@ def test_normalisation_keeps_the_order(ready, tmp_path):
     model = train(config_of(ready, tmp_path / "run"), Ranks())
     data, _ = reward.open_data(config_of(ready, tmp_path), *checkpoint.source(config_of(ready, tmp_path)),
                                Ranks())
-    scores = score_texts(model, data["normal"])
+    scores = score_texts(model, *data["normal"])
     raw = scores * model.score_std + model.score_mean
     assert scores.mean().item() == pytest.approx(0, abs=1e-5)
     assert scores.std().item() == pytest.approx(1, abs=1e-5)
     assert scores.argsort().tolist() == raw.argsort().tolist() and model.score_std != 1
     kept, _, _ = checkpoint.load_model(tmp_path / "run")
-    torch.testing.assert_close(score_texts(kept, data["normal"]), scores, rtol=0, atol=1e-6)
+    torch.testing.assert_close(score_texts(kept, *data["normal"]), scores, rtol=0, atol=1e-6)
 
 
 def test_ratings_are_learnt_by_regression(ready, tmp_path):
@@ -380,7 +407,7 @@ def test_people_s_ratings_train_as_they_are(ready, tmp_path):
     for prompt in by_file.values():
         same = direct[tuple(map(tuple, prompt.ids))]
         assert set(same.pairs()) == set(prompt.pairs()) and same.scores == prompt.scores
-    assert len(found["normal"]) == 120
+    assert len(found["normal"][0]) == 120
     train(config, Ranks())
     for name, words in (("none.jsonl", "no such file"),
                         ("samples.jsonl", "samples.jsonl:1: a rating has no 'sample'")):
