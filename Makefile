@@ -44,7 +44,7 @@ endif
 ifeq ($(SIZE),results)
 MEGABYTES ?= 40
 TALES := :0.1
-PROMPTS ?= 6000
+PROMPTS ?= 8000
 REPLIES ?= 2
 TOKENS ?= 64
 KIND := rubric
@@ -116,7 +116,7 @@ $(TEXT)/.done:
 	touch $@
 
 $(ASKED)/.done:
-	$(PY) -m data.instructions --out_dir $(ASKED) --examples $(EXAMPLES) $(if $(filter results,$(SIZE)),--prompts 6000)
+	$(PY) -m data.instructions --out_dir $(ASKED) --examples $(EXAMPLES) $(if $(filter results,$(SIZE)),--prompts $(PROMPTS))
 	touch $@
 
 $(OUT)/tokenizer/.done: $(TEXT)/.done $(ASKED)/.done
