@@ -35,8 +35,8 @@ from training import (RESUMABLE, MetricLog, NonFinite, Ranks, Stop, TrainingConf
 
 PRESETS = {
     "demo": dict(batch_size=64, max_steps=30, learning_rate=3e-4, save_every=10),
-    "results": dict(batch_size=128, max_steps=36, num_ppo_epochs=2, learning_rate=3e-4, save_every=12,
-                    keep_every=3),
+    "results": dict(batch_size=256, max_steps=50, num_ppo_epochs=2, learning_rate=4e-4, warmup_steps=5,
+                    save_every=5, keep_every=5),
     "smoke": dict(batch_size=8, max_steps=3, num_ppo_epochs=2, response_length=8, save_every=2, log_every=1),
 }
 
@@ -557,6 +557,8 @@ def prepare(config, ranks):
     checkpoint.load_weights(value_model, reward_model.state_dict(), config.reward_model)
     if reward_model.likelihood_coef:        # its buffers hold the likelihood, of which values know nothing
         value_model.score_mean.fill_(0.0), value_model.score_std.fill_(1.0)
+        if not record["config"]["token_coef"]:  # learnt at the end alone: begin with the mean score
+            nn.init.zeros_(value_model.score.weight)
     prompts, texts = encode_prompts(config.data, tokenizer)
     score = (function_score(config.reward_fn, texts, tokenizer) if config.reward_fn
              else model_score(reward_model, tokenizer.im_end_id))

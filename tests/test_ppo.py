@@ -468,6 +468,27 @@ def test_a_reward_function_that_fails_later_leaves_the_checkpoint_before(ready, 
     assert checkpoint.resolve(tmp_path / "run").name == "00000002"
 
 
+@pytest.mark.parametrize("token_coef", [0.0, 0.5])
+def test_values_begin_without_the_likelihood(ready, tmp_path, token_coef):
+    """The likelihood is known at the end only: values are the scalar head's, or 0 if that knows no better."""
+    policy, tokenizer, _ = checkpoint.load_model(ready.init_from)
+    torch.manual_seed(1)
+    judge = ScalarModel(policy.config, 3.0)
+    judge.score_mean.fill_(-2.0), judge.score_std.fill_(4.0)
+    record = {"stage": "reward", "tokens": 0,
+              "config": vars(policy.config) | {"likelihood_coef": 3.0, "token_coef": token_coef}}
+    checkpoint.save(tmp_path / "reward", 0, record, judge.state_dict(), {}, tokenizer)
+    config = config_of(ready, tmp_path / "run", reward_model=str(tmp_path / "reward"))
+    _, _, others = ppo.prepare(config, Ranks())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    wanted = (judge.model(ids) @ judge.score.weight[0]) * (token_coef > 0)
+    torch.testing.assert_close(others["value_model"](ids), wanted, rtol=0, atol=1e-5)
+    prompts, replies = [[5, 6]], [[7, tokenizer.im_end_id]]
+    text = torch.tensor([prompts[0] + replies[0]])
+    by_hand = judge.score_response(text, torch.tensor([4]), torch.tensor([2]))
+    torch.testing.assert_close(others["score"](prompts, replies), by_hand, rtol=0, atol=1e-5)
+
+
 def test_another_tokenizer_is_refused(ready, tmp_path):
     from tokenizer import Tokenizer
     _, _, record = checkpoint.load_model(ready.reward_model)

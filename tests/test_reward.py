@@ -161,6 +161,10 @@ def test_the_likelihood_in_a_score_is_the_language_model_s_own(tied):
             ids.append(token)
         head = model.score.weight[0] @ model.model(torch.tensor([ids]))[0, -1]
         assert score.item() == pytest.approx(head.item() + 4.0 * total / len(reply), abs=1e-5)
+        before = model(torch.tensor([ids]), targets=torch.full((1, len(ids)), IGNORE_INDEX))[0]
+        targets = torch.tensor([[IGNORE_INDEX] * (len(prompt) - 1) + reply + [IGNORE_INDEX]])
+        assert_close = torch.testing.assert_close
+        assert_close(model(torch.tensor([ids]), targets=targets)[0, :-1], before[:-1], rtol=0, atol=1e-6)
 
 
 def test_a_long_prompt_loses_its_start_and_the_reply_nothing():
