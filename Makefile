@@ -100,7 +100,7 @@ results:
 	$(MAKE) SIZE=results OUT=$(OUT)/results demo seeds
 
 .SECONDARY:                     # keep what stands between a seed's judgements and its evaluation
-seeds: $(OUT)/tasks.json $(OUT)/evaluation-1.json $(OUT)/evaluation-2.json $(OUT)/curve.json
+seeds: $(OUT)/tasks.json $(OUT)/evaluation-1.json $(OUT)/evaluation-2.json $(OUT)/curve.json $(OUT)/curve-few.json
 
 serve: setup-demo
 	$(PY) serve.py --models $(POLICY),$(OUT)/sft,$(OUT)/pretrain --reward_model $(OUT)/reward \
@@ -185,6 +185,19 @@ $(OUT)/evaluation-%.json: $(OUT)/ppo-%/.done
 $(OUT)/curve.json: $(OUT)/evaluation.json
 	$(PY) evaluate.py --models "$(OUT)/sft,$(POLICY)/weights/*" $(JUDGE) --limit 256 --reward_model $(OUT)/reward \
 		--best_of 64 --out $@
+
+# Over-optimisation (Gao et al. 2022): a judge that learnt from 200 comparisons, and nothing that holds PPO back.
+$(OUT)/reward-few/.done: $(FEEDBACK)/judged.jsonl
+	$(call stage,$(OUT)/reward-few,reward.py,--init_from $(OUT)/sft --data $(FEEDBACK)/judged.jsonl \
+		--normalize_on $(FEEDBACK)/samples.jsonl --max_comparisons 200 --likelihood_coef 0 --token_coef 0)
+
+$(OUT)/ppo-few/.done: $(OUT)/reward-few/.done
+	$(call stage,$(OUT)/ppo-few,ppo.py,--init_from $(OUT)/sft --reward_model $(OUT)/reward-few \
+		--data $(ASKED)/prompts_train.jsonl --response_length $(TOKENS) --kl_coef 0 --force)
+
+$(OUT)/curve-few.json: $(OUT)/ppo-few/.done
+	$(PY) evaluate.py --models "$(OUT)/sft,$(OUT)/ppo-few/weights/*" $(JUDGE) --limit 256 \
+		--reward_model $(OUT)/reward-few --out $@
 
 # Two processes of one thread each; the browser's tests hang there, so they run alone.
 test: setup-extra

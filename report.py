@@ -4,7 +4,7 @@
     python report.py --out_dir out --check sft  # is this stage where it usually is?
 
 It reads the log.jsonl of each stage, reward/report.json, and what evaluate.py wrote (evaluation.json;
-curve.json of weights that --keep_every kept). expected/demo/STAGE.json holds [low, mean, high] of the demo's
+curve.json and curve-few.json of weights that --keep_every kept). expected/demo/STAGE.json holds [low, mean, high] of the demo's
 numbers over seeds. The page loads nothing from elsewhere, follows the reader's light or dark setting, and
 needs no colour to be read: lines differ in dash.
 """
@@ -248,8 +248,8 @@ def calibration(report):
 def page(out, usual):
     """The whole HTML."""
     logs = {stage: read_log(out / stage / "log.jsonl") for stage in STAGES}
-    evaluation, curve, report = (read_json(out / name)
-                                 for name in ("evaluation.json", "curve.json", "reward/report.json"))
+    evaluation, curve, few, report = (read_json(out / name) for name in (
+        "evaluation.json", "curve.json", "curve-few.json", "reward/report.json"))
     bound = read_json(out / "text" / "entropy_bound.json")
     parts = [f"<h1>Sprout: what this run reached</h1>{stage_table(out, logs, usual)}"]
     panels = {
@@ -291,6 +291,10 @@ def page(out, usual):
                    "Where the score rises and gold falls, the reward model is being fooled.")
     if drawn:
         parts.append(f"<h2>Was it worth it?</h2>{policy_table(evaluation)}<div class='alone'>{drawn}</div>")
+    if few:
+        drawn = figure(against_kl(few["policies"], []), "The same for a reward model of 200 comparisons and "
+                                                        "kl_coef 0: what over-optimisation looks like.")
+        parts.append(f"<div class='alone'>{drawn}</div>")
     if evaluation.get("transcripts"):
         parts.append(f"<h2>The same requests, answered by each</h2>{transcripts(evaluation['transcripts'])}")
     return ("<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
