@@ -215,7 +215,7 @@ def against_kl(rows, best_of):
     def draw(axes):
         for key, (colour, dash) in zip(("gold_units", "score"), LINES):
             for part, marker, name in ((rows, "o", "PPO"), (best_of, "s", "best of n")):
-                points = sorted((row["kl"], row[key]) for row in part)
+                points = [(row["kl"], row[key]) for row in part]            # in the order of training
                 if points:
                     style = {"markerfacecolor": "none"} if marker == "s" else {}
                     axes.plot(*zip(*points), dash, marker=marker, markersize=4, color=colour, **style,
