@@ -4,9 +4,9 @@
     python report.py --out_dir out --check sft  # is this stage where it usually is?
 
 It reads the log.jsonl of each stage, reward/report.json, and what evaluate.py wrote (evaluation.json;
-curve.json and curve-few.json of weights that --keep_every kept). expected/demo/STAGE.json holds [low, mean, high] of the demo's
-numbers over seeds. The page loads nothing from elsewhere, follows the reader's light or dark setting, and
-needs no colour to be read: lines differ in dash.
+curve.json and curve-few.json of weights that --keep_every kept). expected/demo/STAGE.json holds [low, mean,
+high] of the demo's numbers over seeds. The page loads nothing from elsewhere, follows the reader's light or
+dark setting, and needs no colour to be read: lines differ in dash.
 """
 
 import html
