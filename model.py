@@ -344,6 +344,9 @@ class ScalarModel(nn.Module):
         stream = self.model(ids, doc_ids)
         raw = self.score(stream).squeeze(-1).float()
         if self.likelihood_coef:
+            if targets is None:
+                raise ValueError(f"likelihood_coef {self.likelihood_coef:g} needs to know which tokens are "
+                                 "the reply; give targets (or score_response reply_lengths)")
             raw = raw + self.likelihood_coef * self.mean_logprobs(stream, doc_ids, targets)
         return (raw - self.score_mean) / self.score_std
 

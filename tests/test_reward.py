@@ -165,6 +165,8 @@ def test_the_likelihood_in_a_score_is_the_language_model_s_own(tied):
         targets = torch.tensor([[IGNORE_INDEX] * (len(prompt) - 1) + reply + [IGNORE_INDEX]])
         assert_close = torch.testing.assert_close
         assert_close(model(torch.tensor([ids]), targets=targets)[0, :-1], before[:-1], rtol=0, atol=1e-6)
+        with pytest.raises(ValueError, match="likelihood_coef 4 needs to know which tokens are the reply"):
+            model(torch.tensor([ids]))
 
 
 def test_a_long_prompt_loses_its_start_and_the_reply_nothing():
