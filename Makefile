@@ -44,8 +44,10 @@ endif
 ifeq ($(SIZE),results)
 MEGABYTES ?= 40
 TALES := :0.1
+CHINESE := :1.3
 PROMPTS ?= 8000
 REPLIES ?= 2
+TEMPERATURES ?= 1.0,0.7
 TOKENS ?= 64
 KIND := rubric
 JUDGED ?= 1000
@@ -58,6 +60,7 @@ VOCAB ?= 4096
 TALES ?= :0.125
 PROMPTS ?= 600
 REPLIES ?= 4
+TEMPERATURES ?= 1.0
 TOKENS ?= 48
 KIND ?= ranking
 JUDGED ?= 200
@@ -73,7 +76,7 @@ FEEDBACK := $(OUT)/feedback
 POLICY := $(OUT)/ppo
 JUDGE := --prompts $(ASKED)/prompts_val.jsonl --requests $(ASKED)/requests.jsonl --max_new_tokens $(TOKENS)
 ifeq ($(DATA),)
-TRAIN := $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt
+TRAIN := $(TEXT)/train.en.txt,$(TEXT)/train.zh.txt$(CHINESE)
 # So much of the tales beside what is said that a name is one token at the start of a reply, too (LOG.md).
 WORDS := $(TEXT)/train.en.txt$(TALES),$(TEXT)/train.zh.txt$(TALES)
 VAL := --val_input $(TEXT)/val.en.txt,$(TEXT)/val.zh.txt --entropy_bound $(TEXT)/entropy_bound.json
@@ -147,7 +150,7 @@ $(OUT)/sft/.done: $(OUT)/tales.txt $(ASKED)/.done $(OUT)/$(BASE)/.done
 $(FEEDBACK)/samples.jsonl: $(OUT)/sft/.done
 	mkdir -p $(FEEDBACK)
 	$(PY) feedback.py sample --models $(OUT)/sft --prompts $(ASKED)/prompts_train.jsonl --limit $(PROMPTS) \
-		--replies $(REPLIES) --max_new_tokens $(TOKENS) --out $@
+		--replies $(REPLIES) --temperature $(TEMPERATURES) --max_new_tokens $(TOKENS) --out $@
 
 $(FEEDBACK)/judged.jsonl: $(FEEDBACK)/samples.jsonl
 	$(PY) feedback.py simulate --samples $(FEEDBACK)/samples.jsonl --requests $(ASKED)/requests.jsonl \

@@ -46,7 +46,8 @@ class SampleConfig:
     out: str = option("out/samples.jsonl", "file to write")
     replies: int = option(4, "of each prompt and model, before equal ones are dropped")
     limit: int = option(0, "prompts to take from the start of the file; 0 = all")
-    temperature: float = option(1.0, "of sampling")
+    temperature: str = option("1.0", "of sampling; of several, as in 1.0,0.7, a prompt's replies take turns, so that "
+                                     "they differ more (Touvron et al. 2023b, section 3.2.1)")
     max_new_tokens: int = option(48, "longest reply, tokens")
     seed: int = option(0, "of the replies")
     device: str = option("auto", "cpu, cuda, mps or auto")
@@ -58,23 +59,28 @@ def sample(config):
         raise UserError(f"replies {config.replies} must be at least 1, limit {config.limit} not negative")
     if not config.prompts:
         raise UserError("--prompts '' holds no prompts; name a file of {id, messages}, one a line")
+    temperatures = temperatures_of(config.temperature)
     prompts = read_prompts(config.prompts)[:config.limit or None]
     found, made = [[] for _ in prompts], 0
     for number, name in enumerate(name for name in config.models.split(",") if name.strip()):
         model, tokenizer, _ = checkpoint.load_model(name.strip(), pick_device(config.device))
         if not isinstance(model, LanguageModel):
             raise UserError(f"model {name} gives scores, not text; use one of pretrain, sft or ppo")
-        jobs = [(p, r) for p in range(len(prompts)) for r in range(config.replies)]
-        with progress_bar(total=len(jobs), desc="replies") as bar:
-            for start in range(0, len(jobs), AT_ONCE):
-                part = jobs[start:start + AT_ONCE]
-                seeds = [draw_seed(config.seed, f"reply {p} {number}", r) for p, r in part]
-                for (p, _), reply in zip(part, replies_to(model, tokenizer, [prompts[p][1] for p, _ in part],
-                                                          config, seeds)):
-                    if reply["text"] not in [other["text"] for other in found[p]]:
-                        found[p].append({"id": f"r{len(found[p]) + 1}", **reply, "checkpoint": name.strip()})
-                made += len(part)
-                bar.update(len(part))
+        with progress_bar(total=len(prompts) * config.replies, desc="replies") as bar:
+            for turn, temperature in enumerate(temperatures):
+                jobs = [(p, r) for p in range(len(prompts))
+                        for r in range(turn, config.replies, len(temperatures))]
+                for start in range(0, len(jobs), AT_ONCE):
+                    part = jobs[start:start + AT_ONCE]
+                    seeds = [draw_seed(config.seed, f"reply {p} {number}", r) for p, r in part]
+                    replies = replies_to(model, tokenizer, [prompts[p][1] for p, _ in part], temperature,
+                                         config.max_new_tokens, seeds)
+                    for (p, _), reply in zip(part, replies):
+                        if reply["text"] not in [other["text"] for other in found[p]]:
+                            found[p].append({"id": f"r{len(found[p]) + 1}", **reply,
+                                             "checkpoint": name.strip()})
+                    made += len(part)
+                    bar.update(len(part))
     lines = [{"id": id, "messages": messages, "replies": replies}
              for (id, messages), replies in zip(prompts, found)]
     write_text(Path(config.out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -83,22 +89,33 @@ def sample(config):
           f"{sum(reply['ended'] for reply in kept) / max(1, len(kept)):.1%} of them ended")
 
 
-def replies_to(model, tokenizer, conversations, config, seeds):
+def temperatures_of(text):
+    """"1.0,0.7" -> [1.0, 0.7]."""
+    try:
+        temperatures = [float(part) for part in text.split(",")]
+        if not all(0 <= temperature < math.inf for temperature in temperatures):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"temperature {text!r} is not a list of numbers from 0 up, such as 1.0,0.7") from None
+    return temperatures
+
+
+def replies_to(model, tokenizer, conversations, temperature, max_new_tokens, seeds):
     """One reply to each conversation, as samples.jsonl holds it."""
     prompts = [tokenizer.encode_chat(messages, add_generation_prompt=True)[0] for messages in conversations]
-    room = model.config.max_seq_len - config.max_new_tokens
+    room = model.config.max_seq_len - max_new_tokens
     for prompt, messages in zip(prompts, conversations):
         if len(prompt) > room:
             raise UserError(f"prompt {shown(messages[-1]['content'])} has {len(prompt)} tokens, which leaves "
-                            f"no room for {config.max_new_tokens} more in {model.config.max_seq_len}; "
+                            f"no room for {max_new_tokens} more in {model.config.max_seq_len}; "
                             f"shorten it")
     ends = tokenizer.im_end_id, tokenizer.eot_id
-    found = generate(model, prompts, config.max_new_tokens, temperature=config.temperature, stop_ids=ends,
+    found = generate(model, prompts, max_new_tokens, temperature=temperature, stop_ids=ends,
                      seeds=seeds)
-    chances = reply_logprobs(model, prompts, found, config.temperature or 1.0)
+    chances = reply_logprobs(model, prompts, found, temperature or 1.0)
     return [{"text": tokenizer.decode([id for id in ids if id not in ends]).strip(), "ids": ids,
              "logprob": round(chance, 4), "ended": ids[-1] == tokenizer.im_end_id,
-             "temperature": config.temperature, "seed": seed}
+             "temperature": temperature, "seed": seed}
             for ids, chance, seed in zip(found, chances, seeds)]
 
 

@@ -7,6 +7,7 @@ Adam with weight decay is not AdamW (Loshchilov & Hutter 2019). Adam adds weight
 by lr * weight_decay * w.
 """
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -20,39 +21,48 @@ FUSED_DEVICES = {"cpu", "cuda", "mps"}                  # where torch >= 2.10 ha
 TRUST_COEFFICIENT = 0.001                               # of LARS (You et al. 2017)
 
 
-def parameter_groups(model, weight_decay):
-    """Split the parameters into [matrices, with decay; vectors, without], leaving out a group that is empty.
+def parameter_groups(model, weight_decay, lr_scales=None):
+    """Split the parameters into groups: matrices, with decay, then vectors, without; none is empty.
 
     A norm's gain sets a scale that decay would fight; embeddings are matrices. Tied weights come once, under
     their first name. Each group: `params`, `param_names` in the same order (torch's own key), `weight_decay`.
+    lr_scales {part of a name: factor}: parameters that learn so many times as fast, in groups of their own
+    with that `lr_scale`.
     """
-    return split(list(model.named_parameters()), weight_decay)          # torch names a shared parameter once
+    return split(list(model.named_parameters()), weight_decay, lr_scales or {})     # a shared one comes once
 
 
-def split(named, weight_decay):
+def split(named, weight_decay, lr_scales):
     """The groups of parameter_groups for a list of (name, parameter)."""
-    matrices, vectors = [(n, p) for n, p in named if p.ndim >= 2], [(n, p) for n, p in named if p.ndim < 2]
-    return [dict(params=[p for _, p in part], param_names=[n for n, _ in part], weight_decay=decay)
-            for part, decay in ((matrices, weight_decay), (vectors, 0.0)) if part]
+    groups = {}
+    for name, parameter in named:
+        scale = math.prod(factor for part, factor in lr_scales.items() if part in name)
+        group = groups.setdefault((parameter.ndim < 2, scale), dict(params=[], param_names=[]))
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return [group | {"weight_decay": 0.0 if is_vector else weight_decay}
+            | ({} if scale == 1 else {"lr_scale": scale})
+            for (is_vector, scale), group in sorted(groups.items(), key=lambda item: item[0])]
 
 
-def make_optimizer(name, model, learning_rate, beta1, beta2, eps, weight_decay):
+def make_optimizer(name, model, learning_rate, beta1, beta2, eps, weight_decay, lr_scales=None):
     """Make the optimizer called `name` over all parameters of `model`.
 
     lars has beta1 for momentum and no use for beta2 and eps; muon's own momentum is 0.95, its AdamW uses all
     three. One step moves a matrix by about lr an entry (adam, adamw), 0.2 lr an entry (muon), lr of its norm
     (lamb), or lr / 1,000 of its norm (lars; with momentum 0.9 in the long run lr / 100). Small models want
-    an lr of 0.003-0.01 with the first three, 0.01-0.03 with lamb, 3-10 with lars.
+    an lr of 0.003-0.01 with the first three, 0.01-0.03 with lamb, 3-10 with lars. lr_scales: see
+    parameter_groups.
     """
     check(name, learning_rate, beta1, beta2, eps, weight_decay)
-    groups = parameter_groups(model, weight_decay)
+    groups = parameter_groups(model, weight_decay, lr_scales)
     adam = dict(lr=learning_rate, betas=(beta1, beta2), eps=eps)
     if name == "adam":
         return torch.optim.Adam(groups, **adam, fused=has_fused(model))
     if name == "adamw":
         return torch.optim.AdamW(groups, **adam, fused=has_fused(model))
     if name == "muon":
-        return muon_with_adamw(model, weight_decay, adam)
+        return muon_with_adamw(model, weight_decay, adam, lr_scales or {})
     if name == "lamb":
         return LAMB(groups, adam)
     return LARS(groups, dict(lr=learning_rate, momentum=beta1, trust_coefficient=TRUST_COEFFICIENT))
@@ -81,7 +91,7 @@ def has_fused(model):
     return {parameter.device.type for parameter in model.parameters()} <= FUSED_DEVICES
 
 
-def muon_with_adamw(model, weight_decay, adam):
+def muon_with_adamw(model, weight_decay, adam, lr_scales):
     """Give Muon the matrices inside blocks, AdamW embeddings, head and all vectors (Jordan et al. 2024).
 
     Muon's step is an orthogonalised momentum: every direction of a matrix moves about equally far. One lr
@@ -90,11 +100,9 @@ def muon_with_adamw(model, weight_decay, adam):
     """
     named = list(model.named_parameters())
     inside = {n for n, p in named if p.ndim == 2 and "model.layers." in n}    # under any wrapper's prefix
-    blocks = split([(n, p) for n, p in named if n in inside], weight_decay)
-    embedding = split([(n, p) for n, p in named if n.endswith("embed_tokens.weight")], weight_decay)
-    done = inside.union(*(group["param_names"] for group in embedding))
-    others = split([(n, p) for n, p in named if n not in done], weight_decay)
-    others += [group | {"lr_scale": EMBEDDING_LR} for group in embedding]
+    blocks = split([(n, p) for n, p in named if n in inside], weight_decay, lr_scales)
+    others = split([(n, p) for n, p in named if n not in inside], weight_decay,
+                   {"embed_tokens.weight": EMBEDDING_LR} | lr_scales)
     muon = Muon(blocks, lr=adam["lr"], adjust_lr_fn="match_rms_adamw")
     return Chain(muon, torch.optim.AdamW(others, **adam, fused=has_fused(model)))
 

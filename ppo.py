@@ -75,6 +75,9 @@ class PPOConfig(TrainingConfig):
     optimizer: str = option("adamw", "adam, adamw, muon, lamb or lars")
     learning_rate: float = option(3e-4, "peak, of policy and value model; 3e-4 suits 0.5M parameters, 1e-4 "
                                         "10M, 3e-5 30M")
+    value_lr_scale: float = option(1.0, "the value model learns so many times as fast: it pays no KL")
+    gain_lr_scale: float = option(1.0, "so many times as fast learns the gain of the policy's last norm, which "
+                                       "scales all logits and so is its temperature")
     schedule: str = option("linear", "after warmup: cosine, linear, polynomial, wsd or constant")
     warmup_steps: int = option(2, "updates of linear warmup")
     min_lr: float = option(0.0, "floor of the schedule, as a share of learning_rate")
@@ -228,8 +231,12 @@ def train(config, policy, reference, value_model, prompts, score, eos_id, log=pr
     """
     micro_batch_size = checked(config, policy, prompts, ranks)
     both = ActorCritic(policy, value_model)
+    # Adam moves all weights equally far, but a gain of 2 would need to be 3 for the policy to be a little surer
+    # of all that it says, which is the cheapest gold there is (LOG.md).
     optimizer = make_optimizer(config.optimizer, both, config.learning_rate, config.beta1, config.beta2,
-                               config.eps, config.weight_decay)
+                               config.eps, config.weight_decay,
+                               {"policy.model.norm.weight": config.gain_lr_scale,
+                                "value_model.": config.value_lr_scale})
     scaler, forward, watch = loss_scaler(ranks), wrap(both, config, ranks), NonFinite()
     state = {"step": 0, "tokens": 0, "kl_coef": config.kl_coef}
     if begin:
@@ -276,7 +283,7 @@ def train(config, policy, reference, value_model, prompts, score, eos_id, log=pr
 def checked(config, policy, prompts, ranks):
     """Refuse what cannot work before anything is sampled; returns the micro-batch size."""
     at_least(0, config, "kl_target", "kl_stop", "missing_eos_penalty", "cliprange_value", "vf_coef",
-             "entropy_coef", "ptx_coef")
+             "entropy_coef", "ptx_coef", "value_lr_scale", "gain_lr_scale")
     at_least(1, config, "num_ppo_epochs", "num_mini_batches", "response_length", "kl_horizon")
     for name, good, wanted in (("temperature", config.temperature > 0, "above 0"),
                                ("cliprange", 0 < config.cliprange < 1, "above 0 and below 1"),

@@ -63,18 +63,21 @@ def world(tmp_path_factory):
 def test_samples_are_the_models_own(world, tmp_path, capsys):
     config = SampleConfig(models=str(world / "model"), prompts=str(world / "prompts_train.jsonl"), limit=3,
                           replies=4,
-                          out=str(tmp_path / "s.jsonl"), max_new_tokens=6, temperature=0.8, device="cpu")
+                          out=str(tmp_path / "s.jsonl"), max_new_tokens=6, temperature="0.8,1.5",
+                          device="cpu")
     sample(config)
     model, tokenizer, _ = checkpoint.load_model(world / "model")
     found = list(read_samples(config.out).values())
     assert "3 prompts, 12 replies" in capsys.readouterr().out and len(found) == 3
     for one in found:
         assert len({r["text"] for r in one["replies"]}) == len(one["replies"]) >= 2
+        assert {r["temperature"] for r in one["replies"]} == {0.8, 1.5}
         prompt = tokenizer.encode_chat(one["messages"], add_generation_prompt=True)[0]
         for reply in one["replies"]:
             ids, total = prompt + reply["ids"], 0.0
             for t in range(len(prompt), len(ids)):
-                total += (model(torch.tensor([ids[:t]]))[0, -1] / 0.8).log_softmax(-1)[ids[t]].item()
+                logits = model(torch.tensor([ids[:t]]))[0, -1] / reply["temperature"]
+                total += logits.log_softmax(-1)[ids[t]].item()
             assert reply["logprob"] == pytest.approx(total, abs=1e-3)
     again = tmp_path / "again.jsonl"
     sample(SampleConfig(**vars(config) | {"out": str(again)}))
@@ -85,7 +88,7 @@ def test_equal_replies_are_dropped_and_models_answer_side_by_side(world, tmp_pat
     config = SampleConfig(models=f"{world / 'model'},{world / 'model'}",
                           prompts=str(world / "prompts_train.jsonl"),
                           limit=2, replies=3, out=str(tmp_path / "s.jsonl"), max_new_tokens=4,
-                          temperature=0.0,
+                          temperature="0",
                           device="cpu")
     sample(config)
     assert [len(one["replies"]) for one in read(config.out)] == [1, 1]          # greedy: all equal
@@ -358,6 +361,8 @@ def test_a_bad_rating_is_named_with_its_line(tmp_path, record, wrong):
 
 @pytest.mark.parametrize("command, changes, wrong", [
     (sample, dict(prompts=""), "holds no prompts"), (sample, dict(replies=0), "replies 0 must be at least 1"),
+    (sample, dict(temperature="warm"), "temperature 'warm' is not a list"), (sample, dict(temperature="1,-1"),
+                                                                             "'1,-1' is not a list"),
     (sample, dict(models="nowhere"), "no usable checkpoint"), (sample, dict(max_new_tokens=250),
                                                                "leaves no room for 250"),
     (rate, dict(annotator=""), "--annotator is missing"), (rate, dict(annotator="simulated-1"),

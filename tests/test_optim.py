@@ -227,6 +227,18 @@ def test_groups_hold_every_parameter_once_and_decay_matrices_only():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_some_parameters_learn_faster(name):
+    model = toy()
+    optimizer = make_optimizer(name, model, 0.1, BETA1, BETA2, EPS, DECAY, {"norm.weight": 3.0, "lm_head": 5.0})
+    optim.set_lr(optimizer, 0.5)
+    rates = {n: g["lr"] for g in optimizer.param_groups for n in g["param_names"]}
+    assert set(rates) == {n for n, _ in model.named_parameters()}
+    for n, rate in rates.items():
+        expected = 0.5 * (3 if "norm.weight" in n else 1) * (5 if "lm_head" in n else 1)
+        assert rate == expected * (optim.EMBEDDING_LR if name == "muon" and "embed_tokens" in n else 1), n
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_zero_gradients_shrink_matrices_and_leave_vectors(name):
     model = toy()
     before = weights(model)
@@ -260,7 +272,7 @@ def test_muon_takes_the_matrices_inside_blocks_under_any_wrapper(prefix):
     blocks, *others = optimizer.param_groups
     assert set(blocks["param_names"]) == {prefix + n for n in BLOCK} and "momentum" in blocks
     assert {n for g in others for n in g["param_names"]} == {prefix + n for n in OTHER_MATRICES | VECTORS}
-    assert [g["weight_decay"] for g in others] == [DECAY, 0.0, DECAY]
+    assert [g["weight_decay"] for g in others] == [DECAY, DECAY, 0.0]
     optim.set_lr(optimizer, 0.5)
     rates = {n.removeprefix(prefix): g["lr"] for g in optimizer.param_groups for n in g["param_names"]}
     assert rates.pop("model.embed_tokens.weight") == 0.5 * optim.EMBEDDING_LR and set(rates.values()) == {0.5}
