@@ -46,8 +46,8 @@ class SampleConfig:
     out: str = option("out/samples.jsonl", "file to write")
     replies: int = option(4, "of each prompt and model, before equal ones are dropped")
     limit: int = option(0, "prompts to take from the start of the file; 0 = all")
-    temperature: str = option("1.0", "of sampling; of several, as in 1.0,0.7, a prompt's replies take turns, so that "
-                                     "they differ more (Touvron et al. 2023b, section 3.2.1)")
+    temperature: str = option("1.0", "of sampling; a prompt's replies take turns with several, as in "
+                                     "1.0,0.7, and so differ more (Touvron et al. 2023b, section 3.2.1)")
     max_new_tokens: int = option(48, "longest reply, tokens")
     seed: int = option(0, "of the replies")
     device: str = option("auto", "cpu, cuda, mps or auto")

@@ -35,8 +35,8 @@ from training import (RESUMABLE, MetricLog, NonFinite, Ranks, Stop, TrainingConf
 
 PRESETS = {
     "demo": dict(batch_size=64, max_steps=30, learning_rate=3e-4, save_every=10),
-    "results": dict(batch_size=256, max_steps=50, num_ppo_epochs=2, learning_rate=4e-4, warmup_steps=5,
-                    save_every=5, keep_every=5),
+    "results": dict(batch_size=256, max_steps=50, num_ppo_epochs=2, learning_rate=1.5e-4, gain_lr_scale=200.0,
+                    value_lr_scale=5.0, warmup_steps=5, save_every=5, keep_every=5),
     "smoke": dict(batch_size=8, max_steps=3, num_ppo_epochs=2, response_length=8, save_every=2, log_every=1),
 }
 
@@ -76,8 +76,8 @@ class PPOConfig(TrainingConfig):
     learning_rate: float = option(3e-4, "peak, of policy and value model; 3e-4 suits 0.5M parameters, 1e-4 "
                                         "10M, 3e-5 30M")
     value_lr_scale: float = option(1.0, "the value model learns so many times as fast: it pays no KL")
-    gain_lr_scale: float = option(1.0, "so many times as fast learns the gain of the policy's last norm, which "
-                                       "scales all logits and so is its temperature")
+    gain_lr_scale: float = option(1.0, "so many times as fast learns the gain of the policy's last norm, "
+                                       "which scales all logits and so is its temperature")
     schedule: str = option("linear", "after warmup: cosine, linear, polynomial, wsd or constant")
     warmup_steps: int = option(2, "updates of linear warmup")
     min_lr: float = option(0.0, "floor of the schedule, as a share of learning_rate")
@@ -231,8 +231,8 @@ def train(config, policy, reference, value_model, prompts, score, eos_id, log=pr
     """
     micro_batch_size = checked(config, policy, prompts, ranks)
     both = ActorCritic(policy, value_model)
-    # Adam moves all weights equally far, but a gain of 2 would need to be 3 for the policy to be a little surer
-    # of all that it says, which is the cheapest gold there is (LOG.md).
+    # Adam moves all weights equally far, but the last gain of 2 or 3 must move by a third or a half for the
+    # policy to be surer of what it says, and nothing else gains so much for so little KL (LOG.md).
     optimizer = make_optimizer(config.optimizer, both, config.learning_rate, config.beta1, config.beta2,
                                config.eps, config.weight_decay,
                                {"policy.model.norm.weight": config.gain_lr_scale,

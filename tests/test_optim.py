@@ -229,7 +229,8 @@ def test_groups_hold_every_parameter_once_and_decay_matrices_only():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_some_parameters_learn_faster(name):
     model = toy()
-    optimizer = make_optimizer(name, model, 0.1, BETA1, BETA2, EPS, DECAY, {"norm.weight": 3.0, "lm_head": 5.0})
+    optimizer = make_optimizer(name, model, 0.1, BETA1, BETA2, EPS, DECAY,
+                               {"norm.weight": 3.0, "lm_head": 5.0})
     optim.set_lr(optimizer, 0.5)
     rates = {n: g["lr"] for g in optimizer.param_groups for n in g["param_names"]}
     assert set(rates) == {n for n, _ in model.named_parameters()}
