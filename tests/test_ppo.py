@@ -175,6 +175,17 @@ def test_first_ratio_is_exactly_one(micro):
     assert once(1)[2][0]["kl"] == 0.0
 
 
+def test_the_gain_and_the_values_learn_faster():
+    """Adam's first step moves every weight by the rate, whatever its gradient."""
+    policy, value_model, _ = once(1, num_ppo_epochs=1, num_mini_batches=1, schedule="constant", warmup_steps=0,
+                                  learning_rate=1e-3, eps=1e-12, gain_lr_scale=3.0, value_lr_scale=5.0)
+    before, _, values_before = toy.networks(0)
+    for after, start, scale in ((policy, before, 1), (value_model, values_before, 5)):
+        for (name, a), b in zip(after.named_parameters(), start.parameters()):
+            expected = 1e-3 * (3 if after is policy and name == "model.norm.weight" else scale)
+            assert (a - b).abs().max().item() == pytest.approx(expected, rel=1e-3), name
+
+
 def test_rows_are_the_same_alone_and_in_any_batch():
     policy, reference, value_model = toy.networks(0)
     both = ppo.ActorCritic(policy, value_model)
@@ -429,6 +440,7 @@ GOOD = '{"id": "1", "messages": [{"role": "user", "content": "Say 1."}]}'
     (dict(num_mini_batches=3), "batch_size 8 is not a multiple of num_mini_batches 3"),
     (dict(num_ppo_epochs=0), "num_ppo_epochs 0 must be at least 1"), (dict(vf_coef=-1.0),
                                                                       "vf_coef -1.0 must not"),
+    (dict(gain_lr_scale=-1.0), "gain_lr_scale -1.0 must not"),
     (dict(skip_steps="1-2"), "not for PPO"), (dict(force=False), "failed its gate .it was never judged"),
     (dict(ptx_coef=0.1), "without --ptx_data_dir"),
     (dict(reward_fn="nothing.py:score"), "no such file; give FILE.py:NAME"),
