@@ -44,6 +44,7 @@ endif
 ifeq ($(SIZE),results)
 MEGABYTES ?= 40
 TALES := :0.1
+# Chinese is learnt more slowly (LOG.md).
 CHINESE := :1.3
 PROMPTS ?= 8000
 REPLIES ?= 2

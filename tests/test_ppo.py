@@ -177,8 +177,9 @@ def test_first_ratio_is_exactly_one(micro):
 
 def test_the_gain_and_the_values_learn_faster():
     """Adam's first step moves every weight by the rate, whatever its gradient."""
-    policy, value_model, _ = once(1, num_ppo_epochs=1, num_mini_batches=1, schedule="constant", warmup_steps=0,
-                                  learning_rate=1e-3, eps=1e-12, gain_lr_scale=3.0, value_lr_scale=5.0)
+    policy, value_model, _ = once(1, num_ppo_epochs=1, num_mini_batches=1, schedule="constant",
+                                  warmup_steps=0, learning_rate=1e-3, eps=1e-12, gain_lr_scale=3.0,
+                                  value_lr_scale=5.0)
     before, _, values_before = toy.networks(0)
     for after, start, scale in ((policy, before, 1), (value_model, values_before, 5)):
         for (name, a), b in zip(after.named_parameters(), start.parameters()):
