@@ -190,14 +190,16 @@ $(OUT)/curve.json: $(OUT)/evaluation.json
 	$(PY) evaluate.py --models "$(OUT)/sft,$(POLICY)/weights/*" $(JUDGE) --limit 256 --reward_model $(OUT)/reward \
 		--best_of 64 --out $@
 
-# Over-optimisation (Gao et al. 2022): a judge that learnt from 200 comparisons, and nothing that holds PPO back.
+# Over-optimisation (Gao et al. 2022): a judge that learnt from 200 comparisons, and nothing that holds PPO back, not
+# even its rate.
 $(OUT)/reward-few/.done: $(FEEDBACK)/judged.jsonl
 	$(call stage,$(OUT)/reward-few,reward.py,--init_from $(OUT)/sft --data $(FEEDBACK)/judged.jsonl \
 		--normalize_on $(FEEDBACK)/samples.jsonl --max_comparisons 200 --likelihood_coef 0 --token_coef 0)
 
 $(OUT)/ppo-few/.done: $(OUT)/reward-few/.done
 	$(call stage,$(OUT)/ppo-few,ppo.py,--init_from $(OUT)/sft --reward_model $(OUT)/reward-few \
-		--data $(ASKED)/prompts_train.jsonl --response_length $(TOKENS) --kl_coef 0 --force)
+		--data $(ASKED)/prompts_train.jsonl --response_length $(TOKENS) --kl_coef 0 --force \
+		--learning_rate 4e-4 --gain_lr_scale 1 --value_lr_scale 1)
 
 $(OUT)/curve-few.json: $(OUT)/ppo-few/.done
 	$(PY) evaluate.py --models "$(OUT)/sft,$(OUT)/ppo-few/weights/*" $(JUDGE) --limit 256 \
