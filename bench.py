@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, need, option, parse_config, run, write_text
+from cli import UserError, need, numbers, option, parse_config, run, write_text
 from generate import generate
 from model import LanguageModel, ModelConfig, count_params, flops_per_token
 from optim import make_optimizer
@@ -59,7 +59,8 @@ class BenchConfig(ModelConfig):
 def main(config):
     at_least(1, config, "batch_size", "new_tokens", "rounds", "vocab_size")
     at_least(0, config, "threads")
-    batches = sizes(config.sample_batches)
+    text = config.sample_batches
+    batches = numbers(text, "sample_batches", int, 1, "1,32") if text else ()
     with start_ranks(config) as ranks:
         if config.batch_size % ranks.world_size:
             raise UserError(f"batch_size {config.batch_size} is not a multiple of "
@@ -77,13 +78,6 @@ def main(config):
         if config.out and ranks.is_main:
             text = json.dumps({"config": asdict(config), "found": found}, indent=1)
             write_text(Path(config.out), text + "\n")
-
-
-def sizes(text):
-    """"1,32" -> [1, 32]."""
-    if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", text):
-        raise UserError(f"sample_batches {text!r} is not a list of numbers such as 1,32")
-    return [int(size) for size in text.split(",") if size]
 
 
 def variants(config):

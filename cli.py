@@ -9,6 +9,7 @@ import difflib
 import errno
 import importlib.util
 import json
+import math
 import os
 import sys
 from contextlib import contextmanager
@@ -54,6 +55,18 @@ def python_function(spec, flag):
     if not callable(function):
         raise UserError(f"{flag} {spec!r}: {path} has no function {name}")
     return function
+
+
+def numbers(text, flag, kind, least, example):
+    """The numbers of "200,1000", each kind(part) and at least `least`, for the flag of that name."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+        if not all(least <= number < math.inf for number in found):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{flag} {text!r} is not a list of numbers from {least} up, such as "
+                        f"{example}") from None
+    return found
 
 
 def progress_bar(**options):

@@ -21,7 +21,7 @@ from itertools import combinations
 from pathlib import Path
 
 import checkpoint
-from cli import UserError, option, parse_config, progress_bar, run, write_text
+from cli import UserError, numbers, option, parse_config, progress_bar, run, write_text
 from data.gold import rate as gold_marks
 from generate import generate, reply_logprobs, uniforms
 from metrics import interval, krippendorff_alpha, nominal
@@ -59,7 +59,7 @@ def sample(config):
         raise UserError(f"replies {config.replies} must be at least 1, limit {config.limit} not negative")
     if not config.prompts:
         raise UserError("--prompts '' holds no prompts; name a file of {id, messages}, one a line")
-    temperatures = temperatures_of(config.temperature)
+    temperatures = numbers(config.temperature, "temperature", float, 0, "1.0,0.7")
     prompts = read_prompts(config.prompts)[:config.limit or None]
     found, made = [[] for _ in prompts], 0
     for number, name in enumerate(name for name in config.models.split(",") if name.strip()):
@@ -67,20 +67,15 @@ def sample(config):
         if not isinstance(model, LanguageModel):
             raise UserError(f"model {name} gives scores, not text; use one of pretrain, sft or ppo")
         with progress_bar(total=len(prompts) * config.replies, desc="replies") as bar:
-            for turn, temperature in enumerate(temperatures):
-                jobs = [(p, r) for p in range(len(prompts))
-                        for r in range(turn, config.replies, len(temperatures))]
-                for start in range(0, len(jobs), AT_ONCE):
-                    part = jobs[start:start + AT_ONCE]
-                    seeds = [draw_seed(config.seed, f"reply {p} {number}", r) for p, r in part]
-                    replies = replies_to(model, tokenizer, [prompts[p][1] for p, _ in part], temperature,
-                                         config.max_new_tokens, seeds)
-                    for (p, _), reply in zip(part, replies):
-                        if reply["text"] not in [other["text"] for other in found[p]]:
-                            found[p].append({"id": f"r{len(found[p]) + 1}", **reply,
-                                             "checkpoint": name.strip()})
-                    made += len(part)
-                    bar.update(len(part))
+            for temperature, part in parts(len(prompts), config.replies, temperatures):
+                seeds = [draw_seed(config.seed, f"reply {p} {number}", r) for p, r in part]
+                replies = replies_to(model, tokenizer, [prompts[p][1] for p, _ in part], temperature,
+                                     config.max_new_tokens, seeds)
+                for (p, _), reply in zip(part, replies):
+                    if reply["text"] not in [other["text"] for other in found[p]]:
+                        found[p].append({"id": f"r{len(found[p]) + 1}", **reply, "checkpoint": name.strip()})
+                made += len(part)
+                bar.update(len(part))
     lines = [{"id": id, "messages": messages, "replies": replies}
              for (id, messages), replies in zip(prompts, found)]
     write_text(Path(config.out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -89,15 +84,12 @@ def sample(config):
           f"{sum(reply['ended'] for reply in kept) / max(1, len(kept)):.1%} of them ended")
 
 
-def temperatures_of(text):
-    """"1.0,0.7" -> [1.0, 0.7]."""
-    try:
-        temperatures = [float(part) for part in text.split(",")]
-        if not all(0 <= temperature < math.inf for temperature in temperatures):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"temperature {text!r} is not a list of numbers from 0 up, such as 1.0,0.7") from None
-    return temperatures
+def parts(n_prompts, n_replies, temperatures):
+    """Yield (temperature, AT_ONCE pairs of prompt and reply): a prompt's replies take turns with those."""
+    for turn, temperature in enumerate(temperatures):
+        jobs = [(p, r) for p in range(n_prompts) for r in range(turn, n_replies, len(temperatures))]
+        for start in range(0, len(jobs), AT_ONCE):
+            yield temperature, jobs[start:start + AT_ONCE]
 
 
 def replies_to(model, tokenizer, conversations, temperature, max_new_tokens, seeds):
@@ -107,11 +99,9 @@ def replies_to(model, tokenizer, conversations, temperature, max_new_tokens, see
     for prompt, messages in zip(prompts, conversations):
         if len(prompt) > room:
             raise UserError(f"prompt {shown(messages[-1]['content'])} has {len(prompt)} tokens, which leaves "
-                            f"no room for {max_new_tokens} more in {model.config.max_seq_len}; "
-                            f"shorten it")
+                            f"no room for {max_new_tokens} more in {model.config.max_seq_len}; shorten it")
     ends = tokenizer.im_end_id, tokenizer.eot_id
-    found = generate(model, prompts, max_new_tokens, temperature=temperature, stop_ids=ends,
-                     seeds=seeds)
+    found = generate(model, prompts, max_new_tokens, temperature=temperature, stop_ids=ends, seeds=seeds)
     chances = reply_logprobs(model, prompts, found, temperature or 1.0)
     return [{"text": tokenizer.decode([id for id in ids if id not in ends]).strip(), "ids": ids,
              "logprob": round(chance, 4), "ended": ids[-1] == tokenizer.im_end_id,

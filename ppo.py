@@ -232,8 +232,8 @@ def train(config, policy, reference, value_model, prompts, score, eos_id, log=pr
     """
     micro_batch_size = checked(config, policy, prompts, ranks)
     both = ActorCritic(policy, value_model)
-    # Adam moves all weights equally far, but the last gain of 2 or 3 must move by a third or a half for the
-    # policy to be surer of what it says, and nothing else gains so much for so little KL (LOG.md).
+    # Adam moves all weights equally far, but a last gain of 2 or 3 must grow by a third or a half for the
+    # policy to be surer of what it says, the cheapest gain for its KL that was found (LOG.md).
     optimizer = make_optimizer(config.optimizer, both, config.learning_rate, config.beta1, config.beta2,
                                config.eps, config.weight_decay,
                                {"policy.model.norm.weight": config.gain_lr_scale,

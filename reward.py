@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import checkpoint
 import ratings
 from batches import draws, joined, packed_replies, rows_of_step, score_texts, share
-from cli import UserError, option, parse_config, run, write_text
+from cli import UserError, numbers, option, parse_config, run, write_text
 from metrics import calibration_error, pearson, words
 from model import LanguageModel, ModelConfig, ScalarModel, flops_per_token
 from optim import make_optimizer, set_lr
@@ -98,7 +98,7 @@ def main(config):
         if not config.data and not config.ratings:
             raise UserError("--data is missing; name files of judged replies: FILE[:WEIGHT],..., "
                             "or --ratings")
-        for n in sizes_of(config.curve):
+        for n in numbers(config.curve, "curve", int, 1, "200,1000") if config.curve else ():
             out_dir = Path(config.out_dir) / "curve" / str(n)
             train(replace(config, max_comparisons=n, curve="", out_dir=str(out_dir)), ranks)
         train(config, ranks)
@@ -392,17 +392,6 @@ def split(found, share):
         raise UserError(f"val_share {share} of {len(found)} prompts leaves {len(parts[0])} for training and "
                         f"{len(parts[1])} for validation; change it or give --val_data")
     return parts
-
-
-def sizes_of(text):
-    """"200,1000" -> [200, 1000]."""
-    try:
-        sizes = [int(part) for part in text.split(",") if part.strip()]
-        if any(n < 1 for n in sizes):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"curve {text!r} is not a list of numbers of comparisons, such as 200,1000") from None
-    return sizes
 
 
 # ---- how good is it?
