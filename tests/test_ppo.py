@@ -267,8 +267,7 @@ def test_ppo_reaches_the_optimum_that_is_known():
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_ppo_reaches_the_optimum_on_more_seeds(seed):
-    """With half as many updates more: how one rounds alone moves seed 3 from 0.989 to 0.976 after 60."""
-    assert toy.share_of_the_way(seed, max_steps=90) > 0.98
+    assert toy.share_of_the_way(seed) > 0.98
 
 
 def off_by_one(model, ids, starts, mask, temperature):
