@@ -202,6 +202,16 @@ def reply_logits(model, ids, starts, mask, temperature):
     return logits, in_place(logprobs, mask)
 
 
+def by_length(rows, batch):
+    """Rows of the batch, shortest first: micro-batches cut from them are filled up little."""
+    return rows[(batch["starts"][rows] + batch["mask"][rows].sum(1)).argsort(stable=True)]
+
+
+def trimmed(ids, starts, mask):
+    """The same without the columns of ids that none of these rows reaches."""
+    return ids[:, :(starts + mask.sum(1).long()).max()], starts, mask
+
+
 def before(starts, mask):
     """Row and place in ids of the token before each token in the mask, (N,) each."""
     row, t = mask.nonzero(as_tuple=True)
@@ -373,8 +383,8 @@ def think(forward, reference, batch, minibatches, micro_batch_size, config, rank
     forward.train()
     reference.eval()
     for rows in minibatches:
-        for part in share(rows, ranks.rank, ranks.world_size).split(micro_batch_size):
-            ids, starts, mask = (batch[name][part] for name in ("ids", "starts", "mask"))
+        for part in by_length(share(rows, ranks.rank, ranks.world_size), batch).split(micro_batch_size):
+            ids, starts, mask = trimmed(*(batch[name][part] for name in ("ids", "starts", "mask")))
             with autocast(ranks):
                 logits, logprobs, values, _ = forward(ids, starts, mask, config.temperature)
                 _, theirs = reply_logits(reference, ids, starts, mask, config.temperature)
@@ -391,7 +401,7 @@ def learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, upd
     names = "ids", "starts", "mask", "old_logprobs", "old_values", "advantages", "returns"
     for epoch, minibatches in enumerate(plan):
         for number, rows in enumerate(minibatches):
-            mine = share(rows, ranks.rank, ranks.world_size)
+            mine = by_length(share(rows, ranks.rank, ranks.world_size), batch)
             parts, n_tokens = [batch[name][mine] for name in names], batch["mask"][rows].sum().item()
             step = (update * config.num_ppo_epochs + epoch) * config.num_mini_batches + number
             parts += pretraining_rows(ptx, config, step, len(rows), ranks) if ptx else []
@@ -425,7 +435,7 @@ def learn(forward, optimizer, scaler, batch, plan, micro_batch_size, config, upd
 def loss_function(config, n_tokens, stats):
     """loss_of(model, *rows) -> (sum over the tokens, their count); adds what there is to tell to `stats`."""
     def loss_of(model, ids, starts, mask, old_logprobs, old_values, advantages, returns, *ptx):
-        logits, logprobs, values, mixed = model(ids, starts, mask, config.temperature, ptx or None)
+        logits, logprobs, values, mixed = model(*trimmed(ids, starts, mask), config.temperature, ptx or None)
         policy, count, clipped = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
         value, _ = value_loss(values, old_values, returns, mask, config.cliprange_value)
         total = policy + config.vf_coef * value

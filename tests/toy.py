@@ -17,8 +17,8 @@ SHAPE = ModelConfig(vocab_size=5, d_model=32, n_layers=2, n_heads=2, n_kv_heads=
                     init="xavier",
                     tie_embeddings=False)
 SCALE = 0.3
-CONFIG = dict(batch_size=256, num_mini_batches=2, num_ppo_epochs=4, response_length=LONGEST, kl_coef=0.2,
-              missing_eos_penalty=0.0, learning_rate=3e-3, max_steps=60, warmup_steps=2, compile=False,
+CONFIG = dict(batch_size=256, num_mini_batches=2, num_ppo_epochs=8, response_length=LONGEST, kl_coef=0.2,
+              missing_eos_penalty=0.0, learning_rate=2e-3, max_steps=60, warmup_steps=2, compile=False,
               device="cpu",
               dtype="fp32")
 
