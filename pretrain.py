@@ -29,10 +29,10 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
                       lr_at, matmul_peak, start_ranks, wrap)
 
 PRESETS = {     # a shape, and the lr, batch and length that suit it; the data decides max_steps
-    "demo": dict(d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=352, max_seq_len=256,
-                 tie_embeddings=False, qk_norm=True, batch_size=8, max_steps=2000, learning_rate=5e-3,
-                 schedule="linear", warmup_steps=40, eval_every=500, eval_documents=100,
-                 save_every=500, compile=False),
+    "demo": dict(d_model=192, n_layers=3, n_heads=3, n_kv_heads=3, d_ff=512, max_seq_len=256,
+                 tie_embeddings=False, qk_norm=True, batch_size=12, max_steps=1500,
+                 learning_rate=2.5e-3, min_lr=0.0, schedule="linear", warmup_steps=40, eval_every=500,
+                 eval_documents=100, save_every=500),
     "results": dict(d_model=192, n_layers=3, n_heads=6, n_kv_heads=2, d_ff=512, max_seq_len=256,
                     tie_embeddings=False, qk_norm=True, batch_size=12, max_steps=13500,
                     learning_rate=3.5e-3, min_lr=0.0, schedule="linear", warmup_steps=40, eval_every=600,

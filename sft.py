@@ -33,7 +33,7 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
                       matmul_peak, start_ranks, wrap)
 
 PRESETS = {
-    "demo": dict(batch_size=8, epochs=0, max_steps=600, learning_rate=5e-3, warmup_steps=20, eval_every=150,
+    "demo": dict(batch_size=8, epochs=0, max_steps=600, learning_rate=2.5e-3, warmup_steps=20, eval_every=150,
                  save_every=150, compile=False),
     "results": dict(batch_size=16, epochs=0, max_steps=2600, learning_rate=2.5e-3, warmup_steps=30,
                     eval_every=500, save_every=500, compile=False),
