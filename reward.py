@@ -36,7 +36,7 @@ from training import (RESUMABLE, MetricLog, NonFinite, Stop, TrainingConfig, acc
                       matmul_peak, start_ranks, wrap)
 
 PRESETS = {
-    "demo": dict(batch_size=16, epochs=2, optimizer="muon", learning_rate=2e-3, warmup_steps=10,
+    "demo": dict(batch_size=16, optimizer="muon", learning_rate=2e-3, warmup_steps=10,
                  eval_every=50, save_every=100),
     "results": dict(batch_size=32, likelihood_coef=4.0, token_coef=0.5, learning_rate=3e-4, eval_every=50,
                     save_every=100),
