@@ -139,7 +139,7 @@ $(OUT)/pretrain/.done: $(OUT)/data/.done
 	$(call stage,$(OUT)/pretrain,pretrain.py,--data_dir $(OUT)/data $(PRETRAIN_FLAGS))
 
 $(OUT)/tales.txt: $(OUT)/pretrain/.done
-	$(PY) generate.py --model $(OUT)/pretrain --samples 40 --max_new_tokens 240 --temperature 0.5 > $@.part
+	$(PY) generate.py --model $(OUT)/pretrain --samples 48 --max_new_tokens 240 --temperature 0.5 > $@.part
 	$(if $(DATA),,$(PY) -m data.world --recognise $@.part --tales 10)
 	mv $@.part $@
 
