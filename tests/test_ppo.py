@@ -313,11 +313,11 @@ def test_a_planted_fault_misses_it(fault, monkeypatch):
     assert toy.share_of_the_way(0) < 0.98
 
 
-@pytest.mark.parametrize("fault", ["wrong sign", "no clip"])
+@pytest.mark.parametrize("fault", ["wrong sign", "off by one"])
 def test_two_faults_lead_away_from_it(fault, monkeypatch):
-    """Seen in a third of the updates, after which the right one is at 0.987."""
+    """Seen in a third of the updates with half of the passes, in which the right one has most of the way."""
     monkeypatch.setattr(ppo, *FAULTS[fault])
-    assert toy.share_of_the_way(0, max_steps=20) < 0.9
+    assert toy.share_of_the_way(0, max_steps=20, num_ppo_epochs=4, learning_rate=3e-3) < 0
 
 
 # ---- the doctor names what is wrong
