@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 endif
 PY := $(BIN)/python
 
+# Memory once had is kept, in large pages: no page is cleared twice, and a step takes a tenth less (LOG.md). Linux only.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+
 OUT ?= out
 SIZE ?= demo
 SEED ?= 0

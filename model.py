@@ -422,6 +422,19 @@ def chunk_of_tokens(vocab_size, device):
     return max(MIN_CHUNK, (CACHED_LOGITS if device.type == "cpu" else MAX_LOGITS) // vocab_size)
 
 
+@torch.compiler.nested_compile_region
+def chunk_loss(x, w, targets, counts):
+    """One chunk of HeadLoss: (loss, its gradient by x, its gradient by w); compiled once for all chunks.
+
+    x (n, D), w (V, D); targets (n, 1); counts (n, 1): False where nothing is to be learnt.
+    """
+    wide = torch.promote_types(w.dtype, torch.float32)              # fp32; float64 in tests
+    logp = F.linear(x, w).to(wide).log_softmax(-1)                  # (n, V)
+    total = -(logp.gather(1, targets) * counts).sum()
+    d_logits = logp.exp_().scatter_add_(1, targets, -torch.ones_like(logp[:, :1])).to(x.dtype)
+    return total, (d_logits @ w) * counts, d_logits.mT @ (x * counts)
+
+
 class HeadLoss(torch.autograd.Function):
     """The sum of token_loss(F.linear(stream, weight), targets), whose logits never exist all at once.
 
@@ -439,16 +452,13 @@ class HeadLoss(torch.autograd.Function):
             x, targets = x[learnt], targets[learnt]
         counts = (targets != IGNORE_INDEX)[:, None]
         targets = targets[:, None].where(counts, 0)
-        wide = torch.promote_types(w.dtype, torch.float32)              # fp32; float64 in tests
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         d_stream, d_weight = torch.empty_like(x), torch.zeros_like(weight)
         size = chunk_of_tokens(len(w), x.device)
         for part in (slice(i, i + size) for i in range(0, len(x), size)):
-            logp = F.linear(x[part], w).to(wide).log_softmax(-1)        # (n, V)
-            total = total - (logp.gather(1, targets[part]) * counts[part]).sum()
-            d_logits = logp.exp_().scatter_add_(1, targets[part], -torch.ones_like(logp[:, :1])).to(x.dtype)
-            d_stream[part] = (d_logits @ w) * counts[part]
-            d_weight += d_logits.mT @ (x[part] * counts[part])
+            loss, d_stream[part], d_w = chunk_loss(x[part], w, targets[part], counts[part])
+            total = total + loss
+            d_weight += d_w
         if eager:
             d_stream = torch.zeros_like(stream, dtype=x.dtype).masked_scatter(learnt[:, None], d_stream)
         ctx.save_for_backward(d_stream, d_weight)
