@@ -9,7 +9,10 @@ endif
 PY := $(BIN)/python
 
 # Memory once had is kept, in large pages: no page is cleared twice, and a step takes a tenth less (LOG.md). Linux only.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+# Three variables, as glibc cuts GLIBC_TUNABLES at its first colon on the way to a process's children.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 OUT ?= out
 SIZE ?= demo
