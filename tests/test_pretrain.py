@@ -131,7 +131,7 @@ def test_a_broken_compiler_is_no_hindrance(monkeypatch, capsys):
 
 @pytest.mark.full
 def test_compiled_training_is_eager_training(tmp_path, shards, monkeypatch):
-    """Losses of ten steps agree, the head in three chunks of 512 tokens; a compiled run repeats to the bit."""
+    """Losses of ten steps agree, the head in three chunks; a compiled run repeats to the bit."""
     monkeypatch.setattr("model.chunk_of_tokens", lambda vocab_size, device: 200)
     for name, compile in (("eager", False), ("compiled", True), ("again", True)):
         train(config_of(shards, tmp_path / name, max_steps=10, compile=compile, optimizer="adamw"), Ranks())
