@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 endif
 PY := $(BIN)/python
 
-# Memory once had is kept, in large pages: no page is cleared twice, and a step takes a tenth less (LOG.md). Linux only.
+# Memory once had is kept, in large pages: no page is cleared twice, a step takes at least 6% less (LOG.md). Linux only.
 # Three variables, as glibc cuts GLIBC_TUNABLES at its first colon on the way to a process's children.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export MALLOC_MMAP_MAX_ ?= 0

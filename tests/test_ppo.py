@@ -315,7 +315,7 @@ def test_a_planted_fault_misses_it(fault, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["wrong sign", "off by one"])
 def test_two_faults_lead_away_from_it(fault, monkeypatch):
-    """Seen in a third of the updates with half of the passes, in which the right one has most of the way."""
+    """Seen in a third of the updates with half of the passes, after which the right one is at 0.981."""
     monkeypatch.setattr(ppo, *FAULTS[fault])
     assert toy.share_of_the_way(0, max_steps=20, num_ppo_epochs=4, learning_rate=3e-3) < 0
 
