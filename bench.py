@@ -6,6 +6,7 @@ a large matmul's FLOP/s, measured between the steps in the same dtype with the s
 2022, appendix B).
 """
 
+import copy
 import json
 import re
 import statistics
@@ -174,8 +175,11 @@ def measure_sampling(config, ranks, batch):
         raise UserError(f"new_tokens {config.new_tokens} and {PROMPT_TOKENS} of prompt do not fit into "
                         f"max_seq_len {config.max_seq_len}; lower the first")
     prompts = torch.randint(config.vocab_size, (batch, PROMPT_TOKENS), device=ranks.device)
-    ours = LanguageModel(model_config(config)).to(ranks.device)
+    ours = LanguageModel(model_config(config)).to(ranks.device).eval()
     ways = {f"sample {batch}": sampler(ours, prompts, config, ranks)}
+    if batch == 1 and config.compile:
+        kept = copy.deepcopy(ours).to(ranks.dtype)      # a weight cast at each use would be read in fp32
+        ways["sample 1, compiled"] = sampler(kept, prompts, config, ranks, compile=True)
     if ranks.dtype != torch.float32:
         ways[f"sample {batch}, fp32"] = sampler(ours, prompts, config, replace(ranks, dtype=torch.float32))
     if config.compare:
@@ -189,13 +193,13 @@ def measure_sampling(config, ranks, batch):
                    gigabytes_per_second=bandwidth / 1e9) for way, taken in seconds.items()]
 
 
-def sampler(model, prompts, config, ranks):
+def sampler(model, prompts, config, ranks, compile=False):
     """A function that samples new_tokens after each prompt in ranks.dtype."""
     prompts, seeds = prompts.tolist(), list(range(len(prompts)))
 
     def sample():
         with autocast(ranks):
-            generate(model, prompts, config.new_tokens, seeds=seeds)
+            generate(model, prompts, config.new_tokens, seeds=seeds, compile=compile)
     return sample
 
 

@@ -113,12 +113,9 @@ class KVCache:
         more = max(0, S - self.keys.shape[3])
         self.keys, self.values = (F.pad(x, (0, 0, 0, more)) if more else x for x in (self.keys, self.values))
 
-    def write(self, layer, positions, k, v):
-        """Store k, v (B, G, T, K) and return all keys and values of the layer, (B, G, S, K)."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        for stored, new in (self.keys, k), (self.values, v):
-            stored[layer, rows, :, positions] = new.transpose(1, 2).to(stored.dtype)    # (B, T, G, K)
-        return self.keys[layer], self.values[layer]
+    def layers(self):
+        """The keys and values of each layer, L pairs (B, G, S, K), in which a layer stores its new ones."""
+        return zip(self.keys, self.values)
 
     def advance(self, n):
         """Count n more real tokens: an int, or (B,) where rows differ."""
@@ -148,6 +145,31 @@ def work_type(weight):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
+def adds_up(n_rows, device):
+    """Whether a product is written as multiply and add: where it has one row, compiled for a CPU.
+
+    That reads the matrix twice as fast as torch's product does (LOG.md), and reading is what it costs.
+    """
+    return n_rows == 1 and device.type == "cpu" and torch.compiler.is_compiling()
+
+
+def linear(x, weight):
+    """x @ weight', for x (..., n_in) and weight (n_out, n_in)."""
+    if adds_up(x.numel() // x.shape[-1], x.device):
+        return (weight * x.flatten()).sum(-1).to(work_type(weight)).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """A matrix without bias; see linear."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), cast once for all products that read it."""
 
@@ -162,6 +184,10 @@ def attend(q, k, v, mask):
     mask (B, 1, T, S): the keys that a query sees; none = those up to itself, and S is T. By torch's kernel,
     but for bf16 on a CPU: there plain products, block by block of queries, take half of its time (LOG.md).
     """
+    if adds_up(q.shape[0] * q.shape[2], q.device):
+        scores = (q.unflatten(1, (k.shape[1], -1)) * k[:, :, None]).sum(-1) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1)              # (1, G, H / G, S)
+        return (weights[..., None] * v[:, :, None]).sum(-2).flatten(1, 2)[:, :, None]
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                               enable_gqa=True)
@@ -185,14 +211,14 @@ def attend(q, k, v, mask):
 class Attention(nn.Module):
     """Causal self-attention in which H query heads share G key-value heads (Ainslie et al. 2023)."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
         D, H, G, K = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
-        self.q_proj = nn.Linear(D, H * K, bias=False)
-        self.k_proj = nn.Linear(D, G * K, bias=False)
-        self.v_proj = nn.Linear(D, G * K, bias=False)
-        self.o_proj = nn.Linear(H * K, D, bias=False)
+        self.q_proj = Linear(D, H * K)
+        self.k_proj = Linear(D, G * K)
+        self.v_proj = Linear(D, G * K)
+        self.o_proj = Linear(H * K, D)
         self.q_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -204,7 +230,10 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, K).transpose(1, 2)                            # (B, G, T, K)
         q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.type_as(q)
         if cache is not None:
-            k, v = (x.type_as(q) for x in cache.write(self.layer, positions, k, v))     # (B, G, S, K)
+            rows = torch.arange(B, device=x.device)[:, None]
+            for stored, new in zip(cache, (k, v)):
+                stored[rows, :, positions] = new.transpose(1, 2).to(stored.dtype)       # (B, T, G, K)
+            k, v = (stored.type_as(q) for stored in cache)                              # (B, G, S, K)
         y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                         # (B, T, D)
 
@@ -214,9 +243,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_proj = Linear(config.d_model, config.d_ff)
+        self.up_proj = Linear(config.d_model, config.d_ff)
+        self.down_proj = Linear(config.d_ff, config.d_model)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -225,10 +254,10 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Attention, then SwiGLU, each behind an RMSNorm and added to the residual stream."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -246,26 +275,31 @@ class Transformer(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         cos, sin = rotary_angles(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids, doc_ids=None, cache=None):
-        """Give the stream (B, T, D) for ids (B, T).
+        """Give the normalised stream (B, T, D) for ids (B, T).
 
         doc_ids: (B, T), equal within a document: attention stays inside each and its positions start at 0.
         cache: a KVCache; ids are then the next T tokens of each row.
         """
+        return self.norm(self.through_blocks(ids, doc_ids, cache))
+
+    def through_blocks(self, ids, doc_ids=None, cache=None, block=None):
+        """The same before its norm; block: Block.forward compiled, if it is to be run so."""
         if ids.shape[1] > self.config.max_seq_len:
             raise UserError(f"{ids.shape[1]} tokens do not fit into max_seq_len {self.config.max_seq_len}")
         positions, mask = self.positions_and_mask(ids, doc_ids, cache)
         cos, sin = self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # (B or 1, 1, T, K/2)
         x = self.dropout(self.embed_tokens(ids))                                         # (B, T, D)
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache, positions)
-        return self.norm(x)
+        for layer, stored in zip(self.layers, cache.layers() if cache else [None] * len(self.layers)):
+            args = x, cos, sin, mask, stored, positions
+            x = block(layer, *args) if block else layer(*args)
+        return x
 
     def positions_and_mask(self, ids, doc_ids, cache):
         """Positions (B or 1, T), and which key each query may see, (B, 1, T, S) bool; no mask = causal."""
@@ -291,7 +325,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.model = Transformer(config)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.d_model, config.vocab_size)
         init_weights(self, config)
 
     @property
@@ -301,7 +335,7 @@ class LanguageModel(nn.Module):
 
     def head(self, stream):
         """Logits (..., V) of the stream (..., D)."""
-        return F.linear(stream, self.head_weight)
+        return linear(stream, self.head_weight)
 
     def forward(self, ids, targets=None, doc_ids=None, cache=None):
         """Give logits (B, T, V); with targets (B, T) the (sum, count) of token_loss instead.
@@ -328,9 +362,9 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.config, self.likelihood_coef = config, likelihood_coef
         self.model = Transformer(config)
-        self.score = nn.Linear(config.d_model, 1, bias=False)
+        self.score = Linear(config.d_model, 1)
         if likelihood_coef and not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.d_model, config.vocab_size)
         self.register_buffer("score_mean", torch.tensor(0.0))
         self.register_buffer("score_std", torch.tensor(1.0))
         init_weights(self, config)

@@ -116,6 +116,18 @@ def test_logits_of_a_ragged_batch_are_those_of_the_rows_alone():
         torch.testing.assert_close(torch.stack([logits[row] for logits in steps]), whole, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_compiled_steps_are_full_forwards():
+    """Beyond the cache's first two blocks of 32, so with both of the graphs that are compiled."""
+    model = small_model(n_kv_heads=2, qk_norm=True, max_seq_len=80)
+    row, cache = ragged(1, longest=5)[0], KVCache(model.config, 1, 80)
+    row += torch.randint(0, V, (75 - len(row),), generator=torch.Generator().manual_seed(2)).tolist()
+    got = [next_logits(model, torch.tensor([[id]]), 1, cache, compile=True)[0] for id in row]
+    torch.testing.assert_close(torch.stack(got), model(torch.tensor([row]))[0], atol=5e-5, rtol=0)
+    got = generate(model, [row[:9]], 60, temperature=0, compile=True)
+    assert got == [greedy_without_cache(model, row[:9], 60)]
+
+
 def test_stop_ids_end_rows_and_the_stop_id_is_the_last():
     model, prompts, seeds = small_model(), ragged(12), list(range(12))
     free = generate(model, prompts, 20, seeds=seeds)
