@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from cli import UserError
-from model import IGNORE_INDEX, token_loss
+from model import IGNORE_INDEX, MAX_LOGITS, token_loss
 
 META_KEYS = {"vocab_size": int, "dtype": str, "tokenizer_sha256": str, "files": list}
 FILE_KEYS = {"name": str, "split": str, "language": str, "tokens": int, "documents": int}
@@ -283,12 +283,13 @@ def packed_replies(texts, lengths, max_seq_len, device=None):
 
 
 @torch.no_grad()
-def score_texts(model, texts, lengths, rows_at_once=32):
+def score_texts(model, texts, lengths, max_logits=MAX_LOGITS):
     """What a ScalarModel says at the last token of each text, (N,) fp32; as packed_replies takes them."""
     device, T = next(model.parameters()).device, model.config.max_seq_len
     ids, doc_ids, targets, row, last = packed_replies(texts, lengths, T, device)
+    at_once = max(1, max_logits // (T * model.config.vocab_size))
     model.eval()
-    found = [model(*part) for part in zip(*(x.split(rows_at_once) for x in (ids, doc_ids, targets)))]
+    found = [model(*part) for part in zip(*(x.split(at_once) for x in (ids, doc_ids, targets)))]
     return torch.cat(found)[row, last]
 
 

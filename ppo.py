@@ -36,7 +36,7 @@ from training import (RESUMABLE, MetricLog, NonFinite, Ranks, Stop, TrainingConf
 PRESETS = {
     "demo": dict(batch_size=64, max_steps=30, learning_rate=1e-4, gain_lr_scale=300.0, value_lr_scale=7.5,
                  save_every=10),
-    "results": dict(batch_size=256, micro_batch_size=32, max_steps=50, num_ppo_epochs=2, kl_coef=0.07,
+    "results": dict(batch_size=256, micro_batch_size=32, max_steps=60, num_ppo_epochs=2, kl_coef=0.06,
                     learning_rate=1e-4, gain_lr_scale=300.0, value_lr_scale=7.5, warmup_steps=5, save_every=5,
                     keep_every=5),
     "smoke": dict(batch_size=8, max_steps=3, num_ppo_epochs=2, response_length=8, save_every=2, log_every=1),
