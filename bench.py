@@ -20,8 +20,8 @@ from cli import UserError, need, numbers, option, parse_config, run, write_text
 from generate import generate
 from model import LanguageModel, ModelConfig, count_params, flops_per_token
 from optim import make_optimizer
-from training import (accumulate, at_least, autocast, clip_and_step, loss_scaler, matmul_peak, start_ranks,
-                      wrap)
+from training import (accumulate, at_least, autocast, clip_and_step, compiles, loss_scaler, matmul_peak,
+                      start_ranks, wrap)
 
 PRESETS = {     # the shapes that LOG.md has numbers for
     "6x384": dict(d_model=384, n_layers=6, n_heads=6, n_kv_heads=6, d_ff=1024, vocab_size=4096,
@@ -177,7 +177,7 @@ def measure_sampling(config, ranks, batch):
     prompts = torch.randint(config.vocab_size, (batch, PROMPT_TOKENS), device=ranks.device)
     ours = LanguageModel(model_config(config)).to(ranks.device).eval()
     ways = {f"sample {batch}": sampler(ours, prompts, config, ranks)}
-    if batch == 1 and config.compile:
+    if batch == 1 and config.compile and compiles(ranks):
         kept = copy.deepcopy(ours).to(ranks.dtype)      # a weight cast at each use would be read in fp32
         ways["sample 1, compiled"] = sampler(kept, prompts, config, ranks, compile=True)
     if ranks.dtype != torch.float32:

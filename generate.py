@@ -19,7 +19,7 @@ from batches import draws
 from checkpoint import load_model
 from cli import UserError, option, parse_config, run
 from model import Block, KVCache, LanguageModel, logprobs_after, work_type
-from training import pick_device
+from training import Ranks, compiles, pick_device
 
 DROP_SHARE = 0.25                   # ended rows are computed along until they are this share of the batch
 
@@ -325,6 +325,8 @@ def main(config):
     model, tokenizer, _ = load_model(config.model, pick_device(config.device))
     if not isinstance(model, LanguageModel):
         raise UserError(f"model {config.model} gives scores, not text; use one of pretrain, sft or ppo")
+    if config.compile:
+        config.compile = compiles(Ranks(device=pick_device(config.device)))
     if config.chat:
         talk(config, model, tokenizer)
         return

@@ -119,7 +119,7 @@ def test_logits_of_a_ragged_batch_are_those_of_the_rows_alone():
 @torch.no_grad()
 def test_compiled_steps_are_full_forwards():
     """Beyond the cache's first two blocks of 32, so with both of the graphs that are compiled."""
-    model = small_model(n_kv_heads=2, qk_norm=True, max_seq_len=80)
+    model = small_model(qk_norm=True, max_seq_len=80)
     row, cache = ragged(1, longest=5)[0], KVCache(model.config, 1, 80)
     row += torch.randint(0, V, (75 - len(row),), generator=torch.Generator().manual_seed(2)).tolist()
     got = [next_logits(model, torch.tensor([[id]]), 1, cache, compile=True)[0] for id in row]
@@ -424,6 +424,19 @@ def test_command_line_numbers_several_samples(run_dir, capsys):
     three = capsys.readouterr().out
     generate_module.main(parse_config(GenerateConfig, argv))
     assert three.startswith("--- 1\n" + capsys.readouterr().out + "--- 2\n") and "--- 3\n" in three
+
+
+def test_without_a_compiler_the_command_says_so_and_samples(run_dir, monkeypatch, capsys):
+    argv = ["--model", str(run_dir), "--max_new_tokens", "12", "--device", "cpu"]
+    generate_module.main(parse_config(GenerateConfig, argv))
+    text = capsys.readouterr().out
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found")
+    monkeypatch.setattr(torch, "compile", broken)
+    generate_module.compiled.cache_clear()
+    generate_module.main(parse_config(GenerateConfig, [*argv, "--compile"]))
+    assert capsys.readouterr().out == f"compile is off: No working C++ compiler found\n{text}"
 
 
 def test_streamed_text_is_the_decoded_text(run_dir, monkeypatch, capsys):
