@@ -36,9 +36,9 @@ from training import (RESUMABLE, MetricLog, NonFinite, Ranks, Stop, TrainingConf
 PRESETS = {
     "demo": dict(batch_size=64, max_steps=30, learning_rate=1e-4, gain_lr_scale=300.0, value_lr_scale=7.5,
                  save_every=10),
-    "results": dict(batch_size=256, micro_batch_size=32, max_steps=60, num_ppo_epochs=2, kl_coef=0.06,
-                    learning_rate=1e-4, gain_lr_scale=300.0, value_lr_scale=7.5, warmup_steps=5, save_every=5,
-                    keep_every=5),
+    "results": dict(batch_size=256, micro_batch_size=32, max_steps=60, num_ppo_epochs=1, num_mini_batches=4,
+                    kl_coef=0.06, learning_rate=1.2e-4, gain_lr_scale=300.0, value_lr_scale=7.5,
+                    warmup_steps=5, save_every=5, keep_every=5),
     "smoke": dict(batch_size=8, max_steps=3, num_ppo_epochs=2, response_length=8, save_every=2, log_every=1),
 }
 
@@ -580,7 +580,7 @@ def prepare(config, ranks):
             nn.init.zeros_(value_model.score.weight)
     prompts, texts = encode_prompts(config.data, tokenizer)
     score = (function_score(config.reward_fn, texts, tokenizer) if config.reward_fn
-             else model_score(reward_model, tokenizer.im_end_id))
+             else model_score(reward_model, tokenizer.im_end_id, ranks))
     ptx = None
     if config.ptx_coef:
         if not config.ptx_data_dir:
@@ -610,9 +610,12 @@ def encode_prompts(path, tokenizer):
     return prompts, texts
 
 
-def model_score(reward_model, eos_id):
+def model_score(reward_model, eos_id, ranks=Ranks()):
     """score(prompts, responses) of a reward model; a reply without its end is read as if it ended there."""
-    return lambda prompts, responses: score_replies(reward_model, prompts, responses, eos_id)
+    def score(prompts, responses):
+        with autocast(ranks):
+            return score_replies(reward_model, prompts, responses, eos_id)
+    return score
 
 
 def function_score(spec, texts, tokenizer):
