@@ -322,11 +322,12 @@ def main(config):
         raise UserError(f"threads {config.threads} must be at least 1, or 0 for torch's choice")
     if config.threads:
         torch.set_num_threads(config.threads)
-    model, tokenizer, _ = load_model(config.model, pick_device(config.device))
+    device = pick_device(config.device)
+    model, tokenizer, _ = load_model(config.model, device)
     if not isinstance(model, LanguageModel):
         raise UserError(f"model {config.model} gives scores, not text; use one of pretrain, sft or ppo")
     if config.compile:
-        config.compile = compiles(Ranks(device=pick_device(config.device)))
+        config.compile = compiles(Ranks(device=device))
     if config.chat:
         talk(config, model, tokenizer)
         return

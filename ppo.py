@@ -610,8 +610,8 @@ def encode_prompts(path, tokenizer):
     return prompts, texts
 
 
-def model_score(reward_model, eos_id, ranks=Ranks()):
-    """score(prompts, responses) of a reward model; a reply without its end is read as if it ended there."""
+def model_score(reward_model, eos_id, ranks):
+    """score(prompts, responses) of a reward model, in the run's precision; see score_replies."""
     def score(prompts, responses):
         with autocast(ranks):
             return score_replies(reward_model, prompts, responses, eos_id)

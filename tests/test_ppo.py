@@ -516,6 +516,19 @@ def test_values_begin_without_the_likelihood(ready, tmp_path, token_coef):
     torch.testing.assert_close(others["score"](prompts, replies), by_hand, rtol=0, atol=1e-5)
 
 
+def test_the_judge_reads_in_the_precision_of_the_run(ready):
+    judge, tokenizer, _ = checkpoint.load_model(ready.reward_model)
+    asked, replies = [[5, 6, 7]], [[8, 9, tokenizer.im_end_id]]
+    whole = ppo.model_score(judge, tokenizer.im_end_id, Ranks())(asked, replies)
+    half = ppo.model_score(judge, tokenizer.im_end_id, Ranks(dtype=torch.bfloat16))(asked, replies)
+    with torch.autocast("cpu", torch.bfloat16):
+        text = torch.tensor([asked[0] + replies[0]])
+        wanted = judge.score_response(text, torch.tensor([6]), torch.tensor([3]))
+    torch.testing.assert_close(half, wanted.float(), rtol=0, atol=2e-2)
+    torch.testing.assert_close(half, whole, rtol=0, atol=5e-2)
+    assert half.dtype == torch.float32 and not torch.equal(half, whole)
+
+
 def test_another_tokenizer_is_refused(ready, tmp_path):
     from tokenizer import Tokenizer
     _, _, record = checkpoint.load_model(ready.reward_model)
