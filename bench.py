@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from cli import UserError, need, numbers, option, parse_config, run, write_text
-from generate import generate
+from generate import captures, generate
 from model import LanguageModel, ModelConfig, count_params, flops_per_token
 from optim import make_optimizer
 from training import (accumulate, at_least, autocast, clip_and_step, compiles, loss_scaler, matmul_peak,
@@ -177,9 +177,9 @@ def measure_sampling(config, ranks, batch):
     prompts = torch.randint(config.vocab_size, (batch, PROMPT_TOKENS), device=ranks.device)
     ours = LanguageModel(model_config(config)).to(ranks.device).eval()
     ways = {f"sample {batch}": sampler(ours, prompts, config, ranks)}
-    if batch == 1 and config.compile and compiles(ranks):
+    if config.compile and (batch == 1 or captures(ranks.device)) and compiles(ranks):
         kept = copy.deepcopy(ours).to(ranks.dtype)      # a weight cast at each use would be read in fp32
-        ways["sample 1, compiled"] = sampler(kept, prompts, config, ranks, compile=True)
+        ways[f"sample {batch}, compiled"] = sampler(kept, prompts, config, ranks, compile=True)
     if ranks.dtype != torch.float32:
         ways[f"sample {batch}, fp32"] = sampler(ours, prompts, config, replace(ranks, dtype=torch.float32))
     if config.compare:

@@ -171,13 +171,15 @@ class Row:
 class Engine:
     """Rows sampled together: each joins at any step and leaves when it has ended (Yu et al. 2022, Orca).
 
-    A row's text depends on its prompt, its seed and its settings, not on its company. compile: the steps of a
-    row that is alone run compiled, in half of the time; the first two take seconds. More rows gain little.
+    A row's text depends on its prompt, its seed and its settings, not on its company. compile: on a CPU the
+    steps of a row that is alone run compiled, in half of the time; the first two take seconds, and more rows
+    gain little. On a GPU the steps of any batch are captured, anew when its rows change.
     """
 
     def __init__(self, model, rows=(), compile=False):
         self.model, self.joining, self.compile = model, list(rows), compile
         self.rows, self.cache = [], None                # an ended row is computed along until `drop`
+        self.captured = None, None                      # the keys that a captured step reads, and the step
 
     def add(self, row):
         """Let a row join at the next step."""
@@ -190,7 +192,7 @@ class Engine:
         weight, logits = self.model.model.embed_tokens.weight, []
         if self.rows:
             ids = torch.tensor([row.ids[-1:] for row in self.rows], device=weight.device)       # (B, 1)
-            logits.append(next_logits(self.model, ids, 1, self.cache, self.compile and len(ids) == 1))
+            logits.append(self.next_logits(ids))
         if self.joining:
             ids, n_real = pad([row.prompt for row in self.joining], weight.device)              # (B, T), (B,)
             size = max(len(row.prompt) + row.room for row in self.joining)
@@ -206,6 +208,18 @@ class Engine:
             logits = torch.cat(logits) if len(logits) > 1 else logits[0]
             choose(logits if len(live) == len(logits) else logits[live], [self.rows[i] for i in live])
         return [self.rows[i] for i in live]
+
+    def next_logits(self, ids):
+        """Logits (B, V) after one new token a row, ids (B, 1), in the fastest way there is."""
+        if not self.compile or not captures(ids.device):
+            return next_logits(self.model, ids, 1, self.cache, self.compile and len(ids) == 1)
+        self.cache.grow(self.cache.max_len)             # so that it stays where it is
+        if self.captured[0] is not self.cache.keys:
+            self.captured = self.cache.keys, capture(
+                lambda ids: last_logits(self.model, ids, 1, self.cache), ids)
+        logits = self.captured[1](ids)
+        self.cache.advance(1)
+        return logits
 
     def drop(self):
         """Take ended rows out once they are DROP_SHARE of the batch, or the cache is full to their end."""
@@ -260,12 +274,42 @@ def compiled(function):
     return torch.compile(function)
 
 
+def captures(device):
+    """Whether steps are captured here: where launching a kernel costs more than a small model's kernel."""
+    return device.type == "cuda"
+
+
+def capture(function, argument):
+    """function as a CUDA graph: all its kernels in one launch, without Python.
+
+    What is returned takes arguments of this one's shape and gives the same tensor each time, filled anew. All
+    other tensors that the function reads must stay where they are.
+    """
+    held, side = argument.clone(), torch.cuda.Stream()
+    # Autocast's cache of cast weights ends before the graph does, so the graph casts them itself.
+    with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"),
+                        cache_enabled=False):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):                   # what libraries set up in a first call, outside of it
+            function(held)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function(held)
+
+    def replay(argument):
+        held.copy_(argument)
+        graph.replay()
+        return result
+    return replay
+
+
 def read_stream(model, stream):
     """Logits (..., V) of the stream (..., D) as it leaves the blocks."""
     return model.head(model.model.norm(stream))
 
 
-def next_logits(model, ids, n_real, cache, compile=False):
+def last_logits(model, ids, n_real, cache, compile=False):
     """Give fp32 logits (B, V) after each row's last token; of ids (B, T) the first n_real are real.
 
     n_real: (B,), or one int. compile: by compiled blocks and a compiled head.
@@ -279,10 +323,16 @@ def next_logits(model, ids, n_real, cache, compile=False):
     finally:
         if training:
             model.train()
-    cache.advance(n_real)
     rows = slice(None) if isinstance(n_real, int) else torch.arange(len(ids), device=ids.device)
     last = stream[rows, n_real - 1]                                                         # (B, D)
     return (compiled(read_stream) if compile else read_stream)(model, last).float()
+
+
+def next_logits(model, ids, n_real, cache, compile=False):
+    """The same, and the cache counts these tokens as read."""
+    logits = last_logits(model, ids, n_real, cache, compile)
+    cache.advance(n_real)
+    return logits
 
 
 @torch.no_grad()
@@ -311,7 +361,7 @@ class GenerateConfig(Sampling):
     device: str = option("auto", "cpu, cuda, mps or auto")
     threads: int = option(0, "CPU threads; 0 = torch's choice")
     compile: bool = option(False, "torch.compile the steps of a single sample: seconds once, then twice as "
-                                  "fast")
+                                  "fast; on a GPU capture those of any number as CUDA graphs")
 
 
 def main(config):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from cli import UserError, option
 
@@ -119,7 +120,7 @@ class KVCache:
 
     def advance(self, n):
         """Count n more real tokens: an int, or (B,) where rows differ."""
-        self.lengths = self.lengths + n
+        self.lengths += n                               # in place: a captured step reads them where they are
         self.longest = self.longest + n if isinstance(n, int) else int(self.lengths.max())
 
     def keep(self, rows):
@@ -178,12 +179,24 @@ class RMSNorm(nn.RMSNorm):
         return y.to(work_type(self.weight))
 
 
+def skips_blocks(head_dim, device):
+    """Whether attention leaves out what other documents of a row would fill: compiled, on a GPU.
+
+    There flex attention (Dong et al. 2024) makes one kernel of the mask and the product; a dense mask would
+    be read by every head, and keep torch from its fastest kernels. Heads of less than 16 it does not take.
+    """
+    return device.type == "cuda" and torch.compiler.is_compiling() and head_dim >= 16
+
+
 def attend(q, k, v, mask):
     """softmax(q k' / sqrt(K)) v for q (B, H, T, K) and k, v (B, G, S, K) (Vaswani et al. 2017, eq. 1).
 
-    mask (B, 1, T, S): the keys that a query sees; none = those up to itself, and S is T. By torch's kernel,
-    but for bf16 on a CPU: there plain products, block by block of queries, take half of its time (LOG.md).
+    mask (B, 1, T, S), or a BlockMask: the keys that a query sees; none = those up to itself, and S is T. By
+    torch's kernels, but for bf16 on a CPU: there plain products, block by block of queries, take half of
+    their time (LOG.md).
     """
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
     if adds_up(q.shape[0] * q.shape[2], q.device):
         scores = (q.unflatten(1, (k.shape[1], -1)) * k[:, :, None]).sum(-1) * q.shape[-1] ** -0.5
         weights = scores.masked_fill(~mask, -math.inf).softmax(-1)              # (1, G, H / G, S)
@@ -302,7 +315,7 @@ class Transformer(nn.Module):
         return x
 
     def positions_and_mask(self, ids, doc_ids, cache):
-        """Positions (B or 1, T), and which key each query may see, (B, 1, T, S) bool; no mask = causal."""
+        """Positions (B or 1, T), and which key each query may see: see `attend`."""
         T = ids.shape[1]
         if cache is not None:
             positions = cache.positions(T)
@@ -313,6 +326,10 @@ class Transformer(nn.Module):
             return here, None
         first = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))                # True where a document starts
         start = (here * first).cummax(dim=1).values
+        if skips_blocks(self.config.head_dim, ids.device):
+            return here - start, create_block_mask(
+                lambda b, h, query, key: (query >= key) & (doc_ids[b, query] == doc_ids[b, key]),
+                len(ids), None, T, T, device=ids.device)
         mask = (doc_ids[:, :, None] == doc_ids[:, None, :]) & (here.mT >= here)
         return here - start, mask[:, None]
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import generate as generate_module
 from batches import draws
 from checkpoint import load_model, save
 from cli import UserError, parse_config
-from generate import (GenerateConfig, Sampling, draw, filter_logits, generate, next_logits, pad,
+from generate import (Engine, GenerateConfig, Row, Sampling, draw, filter_logits, generate, next_logits, pad,
                       repetition_penalty, stream, uniforms)
 from model import KVCache, LanguageModel, ModelConfig, ScalarModel, token_logprobs
 from tokenizer import Tokenizer
@@ -126,6 +128,60 @@ def test_compiled_steps_are_full_forwards():
     torch.testing.assert_close(torch.stack(got), model(torch.tensor([row]))[0], atol=5e-5, rtol=0)
     got = generate(model, [row[:9]], 60, temperature=0, compile=True)
     assert got == [greedy_without_cache(model, row[:9], 60)]
+
+
+class Recorder(TorchDispatchMode):
+    """Every operation with the very tensors it read and wrote: what a CUDA graph keeps, on a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        self.done.append((operation, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for operation, args, kwargs, result in self.done:
+            for old, new in zip(tree_leaves(result), tree_leaves(operation(*args, **kwargs))):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+
+def record(function, argument):
+    """generate.capture by a Recorder."""
+    held, recorder = argument.clone(), Recorder()
+    with recorder:
+        result = function(held)
+
+    def replay(argument):
+        held.copy_(argument)
+        recorder.replay()
+        return result
+    return replay
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_captured_steps_are_steps(monkeypatch, share):
+    """While rows leave, while one joins, and beyond the cache's first block; no Python is run in a replay."""
+    model, prompts, seeds = small_model(max_seq_len=80), ragged(6), list(range(6))
+    want = [sample_without_cache(model, p, 60, s, range(2, V, 9)) for p, s in zip(prompts, seeds)]
+    late = sample_without_cache(model, prompts[0], 50, 9)
+    made = []
+    monkeypatch.setattr(generate_module, "DROP_SHARE", share)
+    monkeypatch.setattr(generate_module, "captures", lambda device: True)
+    monkeypatch.setattr(generate_module, "capture", lambda *a: made.append(a) or record(*a))
+    assert generate(model, prompts, 60, seeds=seeds, stop_ids=range(2, V, 9), compile=True) == want
+    assert 1 <= len(made) <= 6 and max(map(len, want)) > 36 > min(map(len, want))
+    assert len(made) > 1 if share < 1 else len(made) == 1, "anew only where the rows change"
+    first, second = (Row(prompts[0], 50, seed, Sampling()) for seed in (8, 9))
+    engine = Engine(model, [first], compile=True)
+    for step in range(55):
+        engine.step()
+        if step == 4:
+            engine.add(second)
+    assert first.ids == sample_without_cache(model, prompts[0], 50, 8) and second.ids == late
 
 
 def test_stop_ids_end_rows_and_the_stop_id_is_the_last():

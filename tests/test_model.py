@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
@@ -370,6 +370,24 @@ def test_packed_rows_equal_single_documents(shape):
     assert_close(total, sum(t for t, _ in alone), 1e-6)     # the loss is summed in fp32
     assert count == sum(n for _, n in alone) == (targets != IGNORE_INDEX).sum()
     assert_same_gradients(gradients(total, lm), gradients(sum(t for t, _ in alone), lm), 1e-6)
+
+
+@pytest.mark.parametrize("shape,compiled", [*((shape, False) for shape in SHAPES), ("qk_norm", True)])
+def test_packed_rows_by_flex_attention_equal_those_with_a_dense_mask(shape, compiled, monkeypatch):
+    """As on a GPU, but by torch's plain telling of it; in one graph, over two of its blocks."""
+    lm, ids, targets = build(**SHAPES[shape], max_seq_len=160), random_ids(2, 160), random_ids(2, 160, seed=5)
+    doc_ids = (random_ids(2, 160, seed=6) < 2).cumsum(1)
+    assert doc_ids[:, -1].min() > 2, "one document only: the mask is not tried"
+    want, _ = lm(ids, targets, doc_ids)
+    monkeypatch.setattr(model, "skips_blocks", lambda *shape: True)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *qkv: None)      # no gradients on a CPU
+    _, mask = lm.model.positions_and_mask(ids, doc_ids, None)
+    assert isinstance(mask, flex_attention.BlockMask)
+    torch._dynamo.reset()
+    forward = torch.compile(lm, backend="aot_eager", fullgraph=True) if compiled else lm
+    got, _ = forward(ids, targets, doc_ids)
+    assert_close(got, want, 1e-6)
+    assert_same_gradients(gradients(got, lm), gradients(want, lm), 1e-4)
 
 
 @torch.no_grad()
