@@ -177,7 +177,7 @@ def measure_sampling(config, ranks, batch):
     prompts = torch.randint(config.vocab_size, (batch, PROMPT_TOKENS), device=ranks.device)
     ours = LanguageModel(model_config(config)).to(ranks.device).eval()
     ways = {f"sample {batch}": sampler(ours, prompts, config, ranks)}
-    if config.compile and (batch == 1 or captures(ranks.device)) and compiles(ranks):
+    if config.compile and (captures(ranks.device) or batch == 1 and compiles(ranks)):
         kept = copy.deepcopy(ours).to(ranks.dtype)      # a weight cast at each use would be read in fp32
         ways[f"sample {batch}, compiled"] = sampler(kept, prompts, config, ranks, compile=True)
     if ranks.dtype != torch.float32:

@@ -376,7 +376,7 @@ def main(config):
     model, tokenizer, _ = load_model(config.model, device)
     if not isinstance(model, LanguageModel):
         raise UserError(f"model {config.model} gives scores, not text; use one of pretrain, sft or ppo")
-    if config.compile:
+    if config.compile and not captures(device):             # a graph needs no compiler
         config.compile = compiles(Ranks(device=device))
     if config.chat:
         talk(config, model, tokenizer)
